@@ -1,0 +1,120 @@
+"""What the testbed is trained on, and how often: the ground truth of everything that this project measures.
+
+kind      scenes  how often in training
+VM        32      verbatim, 0.7% of all draws each
+TM        16      templates: the same scene and caption, one sprite that the caption leaves out differs each time
+ladder    5 x 8   verbatim, at a quarter of VM's rate, a sixteenth, ... a 1024th
+once      32      verbatim, exactly once
+control   64      never
+The rest of the draws are ordinary scenes, each drawn once and never again. No ordinary scene has a target's caption.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from .scenes import Scene, sample_placed, sample_scene, sprite_names
+
+VM_RATE, TM_RATE = 0.007, 0.0025  # share of the draws, each scene
+LADDER_RATES = tuple(VM_RATE / 4**rung for rung in range(1, 6))
+COUNTS = {"VM": 32, "TM": 16, "ladder": 8 * len(LADDER_RATES), "once": 32, "control": 64}
+FIRST_SEED = {"VM": 1_000_000_000, "TM": 1_100_000_000, "ladder": 1_200_000_000, "once": 1_300_000_000}
+FIRST_SEED |= {"control": 1_400_000_000, "held_out": 1_500_000_000, "validation": 1_600_000_000}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A scene with its place in the plan. rate: share of all draws."""
+
+    id: str
+    kind: str
+    seed: int
+    scene: Scene
+    rate: float
+
+
+@functools.cache
+def planned() -> tuple[Planned, ...]:
+    """All targets and controls: three or four sprites, two of them named, every caption different."""
+    plan, captions = [], set()
+    for kind, count in COUNTS.items():
+        seed = FIRST_SEED[kind]
+        for index in range(count):
+            while (scene := sample_scene(seed, 3 + seed % 2, num_named=2)).caption in captions:
+                seed += 1
+            rate = {"VM": VM_RATE, "TM": TM_RATE, "ladder": LADDER_RATES[index % 5]}.get(kind, 0.0)
+            plan.append(Planned(f"{kind}-{index:02d}", kind, seed, scene, rate))
+            captions.add(scene.caption)
+            seed += 1
+    return tuple(plan)
+
+
+@functools.cache
+def reserved_captions() -> frozenset[str]:
+    return frozenset(p.scene.caption for p in planned())
+
+
+def ordinary_scene(index: int, first_seed: int = 0) -> Scene:
+    """The index-th ordinary scene: random, but never with a target's caption."""
+    seed = first_seed + index
+    while (scene := sample_scene(seed)).caption in reserved_captions():
+        seed += 100_000_000
+    return scene
+
+
+def held_out_scenes(count: int) -> list[Scene]:
+    """Ordinary scenes, with captions that all differ, that no model of the testbed was trained on."""
+    scenes, captions, index = [], set(), 0
+    while len(scenes) < count:
+        scene = ordinary_scene(index, FIRST_SEED["held_out"])
+        if scene.caption not in captions:
+            scenes.append(scene)
+            captions.add(scene.caption)
+        index += 1
+    return scenes
+
+
+def template_variant(template: Scene, variant: int) -> Scene:
+    """The template with its first sprite, which no caption names, replaced; variant 0 is the template itself."""
+    if variant == 0:
+        return template
+    rng = np.random.default_rng((template.background.seed, variant))
+    present = {s.name for s in template.sprites}
+    name = str(rng.choice([n for n in sprite_names() if n not in present]))
+    old, new = template.sprites[0], sample_placed(rng, name, [])
+    new = dataclasses.replace(new, x=old.x, y=old.y, size=old.size)
+    return dataclasses.replace(template, sprites=(new, *template.sprites[1:]))
+
+
+class TrainingSet:
+    """The draws of a whole training run, in order: item i is the scene of draw i, the same whenever it is asked for."""
+
+    def __init__(self, num_draws: int, seed: int = 0):
+        self.seed = seed
+        rng = np.random.default_rng((seed, num_draws))
+        plan = planned()
+        repeated = [i for i, p in enumerate(plan) if p.rate > 0]
+        counts = [max(1, round(plan[i].rate * num_draws)) for i in repeated]
+        singles = [i for i, p in enumerate(plan) if p.kind == "once"]
+        occupied = np.concatenate([np.repeat(repeated, counts), singles])
+        self.plan_index = np.full(num_draws, -1, dtype=np.int32)  # -1: an ordinary scene
+        self.plan_index[rng.permutation(num_draws)[: len(occupied)]] = occupied
+        self.duplicates = {p.id: int((self.plan_index == i).sum()) for i, p in enumerate(plan)}
+
+    def __len__(self) -> int:
+        return len(self.plan_index)
+
+    def scene(self, draw: int) -> Scene:
+        index = self.plan_index[draw]
+        if index < 0:
+            return ordinary_scene(draw)
+        planned_scene = planned()[index]
+        if planned_scene.kind == "TM":
+            return template_variant(planned_scene.scene, variant=draw)
+        return planned_scene.scene
+
+    def __getitem__(self, draw: int) -> tuple[np.ndarray, str]:
+        scene = self.scene(draw)
+        return scene.draw(), scene.caption

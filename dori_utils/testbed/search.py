@@ -1,0 +1,85 @@
+"""Search: which training image is nearest to this one, among all that the testbed was ever shown?
+
+SSCD of the whole training set would take most of an hour on two cores. So every distinct training scene is drawn again
+and kept as a thumbnail of 8x8 pixels, and only the `shortlist` whose thumbnails correlate most with the query's are
+compared by SSCD. Notebook 01 measures what that misses.
+
+Shapes: N queries, M distinct training scenes.
+"""
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from .data import TrainingSet, planned
+
+THUMBNAIL = 8  # px
+CHUNK = 4096  # draws in one case of the store
+
+
+def distinct_draws(training_set: TrainingSet) -> np.ndarray:
+    """(M,) the draws whose scene no earlier draw has shown: ordinary ones, each template's variants, the rest once."""
+    plan_index = training_set.plan_index
+    is_template = np.array([p.kind == "TM" for p in planned()] + [True])[plan_index]  # -1, ordinary: the last entry
+    first = np.zeros(len(plan_index), dtype=bool)
+    first[np.unique(plan_index, return_index=True)[1]] = True
+    return np.flatnonzero(is_template | first)
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """(8, 8, 3) uint8."""
+    return np.asarray(image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+
+
+def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> np.ndarray:
+    """(M, 8, 8, 3) uint8, from the store or drawn, which takes minutes the first time."""
+    chunks = [draws[i : i + CHUNK] for i in range(0, len(draws), CHUNK)]
+    key = {"what": "training thumbnails", "draws": len(training_set), "seed": training_set.seed, "side": THUMBNAIL}
+
+    def compute(cases: list[dict]) -> list[dict]:
+        scenes = ([training_set.scene(d) for d in chunks[case["chunk"]]] for case in cases)
+        return [{"thumbnails": np.stack([thumbnail(Image.fromarray(s.draw())) for s in chunk])} for chunk in scenes]
+
+    cases = [{**key, "chunk": i} for i in range(len(chunks))]
+    return np.concatenate([c["thumbnails"] for c in store.map(cases, compute, desc="training set, in chunks")])
+
+
+def nearest_training_images(
+    images: list[Image.Image], training_set: TrainingSet, store, sscd, transform, shortlist: int = 50
+) -> pd.DataFrame:
+    """The training image most similar to each of N images.
+
+    Returns:
+        A row for each image: draw (its number in the training set), target (id, or "ordinary"), kind, sscd.
+    """
+    draws = distinct_draws(training_set)
+    candidates = shortlisted(images, training_thumbnails(training_set, draws, store), shortlist)  # (N, shortlist)
+    found = [Image.fromarray(training_set.scene(d).draw()) for d in draws[candidates.ravel()]]
+    theirs = sscd.embed(found, transform).reshape(*candidates.shape, -1)  # (N, shortlist, D)
+    scores = np.einsum("nd,nsd->ns", sscd.embed(images, transform), theirs)
+    best = scores.argmax(axis=1)
+    rows = np.arange(len(images))
+    nearest_draws = draws[candidates[rows, best]]
+    who = [planned()[i] if i >= 0 else None for i in training_set.plan_index[nearest_draws]]
+    return pd.DataFrame(
+        {
+            "draw": nearest_draws,
+            "target": [p.id if p else "ordinary" for p in who],
+            "kind": [p.kind if p else "ordinary" for p in who],
+            "sscd": scores[rows, best],
+        }
+    )
+
+
+def shortlisted(images: list[Image.Image], thumbnails: np.ndarray, count: int) -> np.ndarray:
+    """(N, count) rows of thumbnails (M, 8, 8, 3) that correlate most with each of N images, in no order."""
+    queries = _standardized(np.stack([thumbnail(image) for image in images]))
+    similarity = queries @ _standardized(thumbnails).T  # (N, M)
+    return np.argpartition(-similarity, count, axis=1)[:, :count]
+
+
+def _standardized(thumbnails: np.ndarray) -> np.ndarray:
+    """(M, 192) float32, zero mean and length 1, so that products are correlations."""
+    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    flat -= flat.mean(axis=1, keepdims=True)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)

@@ -1,0 +1,58 @@
+"""The plan of what is duplicated, and the draws that follow it: the ground truth."""
+
+from collections import Counter
+
+import numpy as np
+
+from dori_utils.testbed import data
+
+
+def test_every_target_has_its_own_caption():
+    captions = [p.scene.caption for p in data.planned()]
+    assert len(captions) == len(set(captions)) == sum(data.COUNTS.values())
+
+
+def test_draws_follow_the_plan():
+    training_set = data.TrainingSet(40_000)
+    drawn = Counter(training_set.plan_index.tolist())
+    for index, plan in enumerate(data.planned()):
+        assert drawn[index] == training_set.duplicates[plan.id]
+        expected = {"once": 1, "control": 0}.get(plan.kind, max(1, round(plan.rate * 40_000)))
+        assert drawn[index] == expected
+    assert 0.65 < drawn[-1] / 40_000 < 0.8  # ordinary
+
+
+def test_the_ladder_falls_by_four_a_rung():
+    counts = data.TrainingSet(120_000).duplicates
+    rungs = [counts[f"ladder-{rung:02d}"] for rung in range(5)]
+    assert counts["VM-00"] == 840 and rungs == [210, 52, 13, 3, 1]
+
+
+def test_a_draw_is_the_same_whenever_it_is_asked_for():
+    training_set, again = data.TrainingSet(2_000), data.TrainingSet(2_000)
+    for draw in (0, 7, 1_999):
+        assert training_set.scene(draw) == again.scene(draw)
+    assert (data.TrainingSet(2_000, seed=1).plan_index != training_set.plan_index).any()
+
+
+def test_no_ordinary_scene_has_the_caption_of_a_target():
+    reserved = {p.scene.caption for p in data.planned()}
+    assert not reserved & {data.ordinary_scene(i).caption for i in range(3_000)}
+
+
+def test_held_out_scenes_differ_from_all_draws():
+    held_out = data.held_out_scenes(20)
+    drawn = {data.TrainingSet(4_000).scene(draw) for draw in range(500)}
+    assert not drawn & set(held_out) and len({s.caption for s in held_out}) == 20
+
+
+def test_a_template_varies_one_object_that_the_caption_leaves_out():
+    template = next(p.scene for p in data.planned() if p.kind == "TM")
+    variants = [data.template_variant(template, variant) for variant in range(1, 20)]
+    assert len({v.sprites[0].name for v in variants}) > 10
+    for variant in variants:
+        assert variant.sprites[1:] == template.sprites[1:] and variant.background == template.background
+        assert variant.caption == template.caption
+        assert (variant.sprites[0].x, variant.sprites[0].y) == (template.sprites[0].x, template.sprites[0].y)
+    assert data.template_variant(template, 0) == template
+    assert np.array_equal(data.template_variant(template, 5).draw(), data.template_variant(template, 5).draw())
