@@ -1,7 +1,7 @@
 """What the testbed is trained on, and how often: the ground truth of everything that this project measures.
 
 kind      scenes  how often in training
-VM        32      verbatim, 0.7% of all draws each
+VM        24      verbatim, 1% of all draws each
 TM        16      templates: the same scene and caption, one sprite that the caption leaves out differs each time
 ladder    5 x 8   verbatim, at a quarter of VM's rate, a sixteenth, ... a 1024th
 once      32      verbatim, exactly once
@@ -17,9 +17,9 @@ import numpy as np
 
 from .scenes import Scene, sample_placed, sample_scene, sprite_names
 
-VM_RATE, TM_RATE = 0.007, 0.0025  # share of the draws, each scene
+VM_RATE, TM_RATE = 0.01, 0.0025  # share of the draws, each scene
 LADDER_RATES = tuple(VM_RATE / 4**rung for rung in range(1, 6))
-COUNTS = {"VM": 32, "TM": 16, "ladder": 8 * len(LADDER_RATES), "once": 32, "control": 64}
+COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(LADDER_RATES), "once": 32, "control": 64}
 FIRST_SEED = {"VM": 1_000_000_000, "TM": 1_100_000_000, "ladder": 1_200_000_000, "once": 1_300_000_000}
 FIRST_SEED |= {"control": 1_400_000_000, "held_out": 1_500_000_000, "validation": 1_600_000_000}
 

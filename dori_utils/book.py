@@ -1,0 +1,157 @@
+"""The notebooks as a book: runs them from first to last. `make figures` calls this.
+
+    python -m dori_utils.book                                    # every notebook
+    python -m dori_utils.book 01 03                              # two of them
+    python -m dori_utils.book 01 -p MODEL sd14 -p PRESET paper   # other values for the cell tagged `parameters`
+
+A notebook runs as it does in JupyterLab: in a fresh kernel, with notebooks/ as its working directory. Its figures go to
+figures/ (`plots.save_figure`), its executed copy, saved after each cell, to build/notebooks/, which git ignores.
+
+papermill does the work: it knows parameters, progress and how to keep a notebook that failed. Two things are stricter
+here: the kernel is the Python that runs this module, never one that the user registered under the same name; and a
+parameter that no notebook declares is an error.
+"""
+
+import argparse
+import ast
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError, strip_color
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACEBACK_LINES = 12
+
+
+class NotebookError(RuntimeError):
+    """A notebook that did not run to its end: which one, which cell, why."""
+
+
+class ThisPython(AsyncKernelManager):
+    """A kernel of the Python that runs this module, whichever kernels are registered on the machine."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict())
+
+
+def find_notebooks(folder: Path, beginnings: list[str]) -> list[Path]:
+    """The notebooks in `folder`, in the order of their names; if there are `beginnings`, those that begin with one.
+
+    Raises:
+        FileNotFoundError: there are none, or none with one of the beginnings.
+    """
+    notebooks = sorted(folder.glob("*.ipynb"))
+    for beginning in beginnings or [""]:
+        if not any(notebook.name.startswith(beginning) for notebook in notebooks):
+            names = ", ".join(notebook.stem for notebook in notebooks) or "none"
+            raise FileNotFoundError(f"no notebook {beginning}*.ipynb in {folder}; there are: {names}")
+    return [notebook for notebook in notebooks if notebook.name.startswith(tuple(beginnings or [""]))]
+
+
+def share_out(parameters: dict, notebooks: list[Path]) -> list[dict]:
+    """For each notebook those of the `parameters` that its cell tagged `parameters` declares.
+
+    Raises:
+        ValueError: a parameter that none of the notebooks declares.
+    """
+    declared = [papermill.inspect_notebook(notebook) if parameters else {} for notebook in notebooks]
+    known = set().union(*declared)
+    if unknown := sorted(set(parameters) - known):
+        raise ValueError(f"no notebook has a parameter {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
+    return [{name: parameters[name] for name in names if name in parameters} for names in declared]
+
+
+def run_notebook(notebook: Path, output: Path, parameters: dict | None = None, progress: dict | bool = True) -> float:
+    """Executes one notebook into `output` and returns the seconds it took.
+
+    Args:
+        notebook: left as it is.
+        output: where its executed copy goes, also when it fails.
+        parameters: values for its cell tagged `parameters`.
+        progress: False, or tqdm's options for the bar over cells.
+
+    Raises:
+        NotebookError: a cell raised, or the kernel died.
+    """
+    start = time.perf_counter()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            notebook.resolve(),
+            output.resolve(),
+            parameters,
+            kernel_name="python3",
+            kernel_manager_class=ThisPython,
+            cwd=notebook.parent,
+            progress_bar=progress,
+        )
+    except PapermillExecutionError as error:
+        number, reason = error.exec_count, _last_lines(error)
+    except DeadKernelError:
+        number, reason = _code_cells_begun(output), "its Python process died. Out of memory?"
+    else:
+        return time.perf_counter() - start
+    raise NotebookError(f"{notebook.name} failed in cell [{number}]:\n\n{reason}\n\nThe notebook so far: {output}")
+
+
+def _last_lines(error: PapermillExecutionError) -> str:
+    lines = strip_color("\n".join(error.traceback)).splitlines()
+    return "\n".join(lines[-TRACEBACK_LINES:]) or f"{error.ename}: {error.evalue}"
+
+
+def _code_cells_begun(executed: Path) -> int:
+    cells = nbformat.read(executed, as_version=4).cells
+    return sum(cell.cell_type == "code" and bool(cell.metadata.papermill.start_time) for cell in cells)
+
+
+def run_book(notebooks: list[Path], output: Path, parameters: dict | None = None) -> dict[str, float]:
+    """Executes the notebooks one after another, a bar for each, up to the first error; returns seconds by notebook."""
+    seconds = {}
+    shares = share_out(parameters or {}, notebooks)
+    for number, (notebook, share) in enumerate(zip(notebooks, shares, strict=True), start=1):
+        progress = {"desc": f"{number}/{len(notebooks)} {notebook.stem}"}
+        seconds[notebook.stem] = run_notebook(notebook, output / notebook.name, share, progress)
+    return seconds
+
+
+def _value(text: str):
+    """'8' → 8, 'None' → None, '[1, 2]' → [1, 2]; what is no Python value is text: 'sd14' → 'sd14'."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dori_utils.book", description="Runs the notebooks in order.")
+    parser.add_argument("notebooks", nargs="*", help="beginnings of their names, such as 01; by default all of them")
+    values = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    parser.add_argument("-p", dest="parameters", **values, help="a value for the cells tagged `parameters`; repeatable")
+    parser.add_argument("--folder", type=Path, default=ROOT / "notebooks", help="where the notebooks are")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "notebooks", help="where executed copies go")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    parameters = {name: _value(text) for name, text in options.parameters}
+    try:
+        seconds = run_book(find_notebooks(options.folder, options.notebooks), options.output, parameters)
+    except (NotebookError, FileNotFoundError, ValueError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    for name, value in (seconds | {"all": sum(seconds.values())}).items():
+        print(f"{name:<40} {value:8.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

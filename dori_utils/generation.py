@@ -1,0 +1,222 @@
+"""Generation: prompts or embeddings x seeds become images.
+
+The sampling loop of diffusers' `StableDiffusionPipeline.__call__`, opened up so that it takes a batch of unrelated
+cases: image i has its own embedding (a prompt, or a trigger that an attack found) and its own seed. It gives the same
+images as diffusers does for the same latents; the tests hold it to that.
+
+Randomness belongs to the case. The noise of a seed is drawn on the CPU from a generator with that seed alone, so it is
+the same for every prompt, batch size, device and dtype, and whatever ran before.
+
+Shapes: N cases; T tokens and D channels of an embedding; C, H, W of a latent; pixels are floats in [0, 1] or PIL.
+"""
+
+import copy
+
+import torch
+from tqdm.auto import tqdm
+
+# CPU: 16 testbed images (16 x 16 latents), or one of Stable Diffusion (64 x 64).
+LATENT_PIXELS_PER_CPU_BATCH = 4096
+# CUDA, for each byte of the dtype: 1.6 GB for a guided 512-pixel image in float16. An estimate on the safe side.
+CUDA_BYTES_PER_LATENT_PIXEL = 200_000
+
+
+@torch.inference_mode()
+def generate(
+    pipe,
+    prompts=None,
+    *,
+    prompt_embeds=None,
+    seeds=range(4),
+    num_inference_steps=50,
+    guidance_scale=7.5,
+    batch_size=None,
+    truncate=False,
+    progress=True,
+):
+    """Generate one image for each prompt (or embedding) and seed.
+
+    Args:
+        pipe: a `StableDiffusionPipeline`.
+        prompts: list of N prompts, or one string.
+        prompt_embeds: instead of prompts, text-encoder outputs (N, T, D).
+        seeds: S integers; a seed is the same initial noise for every prompt.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 or less goes without it.
+        batch_size: images that go through the U-Net together; default: what fits the device's memory.
+        truncate: cut prompts that are too long (with a warning) instead of raising.
+        progress: show a progress bar.
+
+    Returns:
+        A list of N lists of S PIL images.
+
+    Raises:
+        ValueError: neither or both of prompts and prompt_embeds, wrong shapes, a prompt that is too long.
+        FloatingPointError: NaN or infinity in a result, with the case that it is from.
+    """
+    seeds = list(seeds)
+    if not seeds:
+        raise ValueError("No seeds: give at least one, for example seeds=[0].")
+    batch_size = _default_batch_size(pipe) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+    embeds = _embeddings(pipe, prompts, prompt_embeds, truncate)
+    cases = [(row, seed) for row in range(len(embeds)) for seed in seeds]
+    batches = [cases[i : i + batch_size] for i in range(0, len(cases), batch_size)]
+    steps = len(_scheduler(pipe, num_inference_steps).timesteps)  # PNDM takes more than num_inference_steps
+
+    images = []
+    with tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress) as bar:
+        for batch in batches:
+            rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
+            latents = denoise(
+                pipe,
+                _noise(pipe, generators),
+                embeds[rows],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generators=generators,
+                on_step=bar.update,
+            )
+            _check_finite(latents, batch)
+            pixels = pipe.image_processor.pt_to_numpy(decode(pipe, latents))
+            images += pipe.image_processor.numpy_to_pil(pixels)
+    return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
+
+
+@torch.no_grad()  # not inference_mode: attacks start from these embeddings and need gradients later
+def encode_prompts(pipe, prompts, *, truncate=False):
+    """Text-encoder outputs (N, T, D) of N prompts; [""] gives the unconditional embedding of guidance.
+
+    Raises:
+        ValueError: a prompt has more tokens than the model takes, unless `truncate` (then diffusers warns).
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("No prompts: give at least one.")
+    if not truncate:
+        _check_lengths(pipe.tokenizer, prompts)
+    chunks = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+    return torch.cat([pipe.encode_prompt(chunk, pipe.unet.device, 1, False)[0] for chunk in chunks])
+
+
+def initial_latents(pipe, seeds):
+    """Standard normal noise (N, C, H, W), one CPU generator for each of N seeds, on the pipeline's device and dtype."""
+    return _noise(pipe, _generators(seeds))
+
+
+@torch.no_grad()
+def denoise(
+    pipe,
+    latents,
+    prompt_embeds,
+    *,
+    num_inference_steps=50,
+    guidance_scale=7.5,
+    generators=None,
+    on_step=None,
+):
+    """Run the reverse process on one batch.
+
+    Args:
+        latents: (N, C, H, W) standard normal noise, see `initial_latents`.
+        prompt_embeds: (N, T, D), one for each case.
+        generators: one for each case, for samplers that add noise (DDPM, Euler ancestral); DDIM and PNDM add none.
+        on_step: called without arguments after every evaluation of the U-Net.
+
+    Returns:
+        Latents (N, C, H, W) of clean images, for `decode`.
+
+    Source: Ho and Salimans (2022) for guidance, in the order that diffusers has: unconditional half first.
+    """
+    scheduler = _scheduler(pipe, num_inference_steps)  # a fresh one: PNDM remembers what it saw
+    extra = pipe.prepare_extra_step_kwargs(generators, eta=0.0)
+    guided = guidance_scale > 1
+    if guided:
+        uncond = encode_prompts(pipe, [""]).expand_as(prompt_embeds)
+        prompt_embeds = torch.cat([uncond, prompt_embeds])  # (2N, T, D)
+    latents = latents * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+        output = pipe.unet(model_input, t, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        if guided:
+            output_uncond, output_text = output.chunk(2)
+            output = output_uncond + guidance_scale * (output_text - output_uncond)
+        latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
+        if on_step is not None:
+            on_step()
+    return latents
+
+
+@torch.no_grad()
+def decode(pipe, latents):
+    """Latents (N, C, H, W) to pixels: floats in [0, 1], (N, 3, height, width)."""
+    sample = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return pipe.image_processor.postprocess(sample, output_type="pt")
+
+
+def _embeddings(pipe, prompts, prompt_embeds, truncate):
+    """Whichever of the two was given, as (N, T, D) on the pipeline's device and dtype."""
+    if (prompts is None) == (prompt_embeds is None):
+        raise ValueError("Give either prompts or prompt_embeds, one of the two.")
+    if prompts is not None:
+        return encode_prompts(pipe, prompts, truncate=truncate)
+    tokens, channels = pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim
+    if prompt_embeds.ndim != 3 or prompt_embeds.shape[1:] != (tokens, channels):
+        raise ValueError(
+            f"prompt_embeds has shape {tuple(prompt_embeds.shape)}; this model takes (N, {tokens}, {channels}), "
+            "as encode_prompts gives."
+        )
+    return prompt_embeds.to(pipe.unet.device, pipe.unet.dtype)
+
+
+def _check_lengths(tokenizer, prompts):
+    limit = tokenizer.model_max_length
+    for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
+        if len(ids) > limit:
+            raise ValueError(
+                f"Prompt too long: {len(ids)} tokens, this model takes {limit} (start and end token included): "
+                f"{prompt!r}. Shorten it, or pass truncate=True to cut it."
+            )
+
+
+def _check_finite(latents, cases):
+    for sample, (row, seed) in zip(latents, cases, strict=True):
+        if not sample.isfinite().all():
+            raise FloatingPointError(
+                f"NaN or infinity while generating prompt number {row} with seed {seed}. Check its embedding and the "
+                "weights for NaN; in float16 try dtype=torch.float32."
+            )
+
+
+def _scheduler(pipe, num_inference_steps):
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps, device=pipe.unet.device)
+    return scheduler
+
+
+def _generators(seeds):
+    return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+
+def _noise(pipe, generators):
+    # float32 first: in float16 the generator would give other noise for the same seed.
+    shape = (pipe.unet.config.in_channels, *_latent_size(pipe))
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (N, C, H, W)
+    return noise.to(pipe.unet.device, pipe.unet.dtype)
+
+
+def _latent_size(pipe):
+    size = pipe.unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _default_batch_size(pipe):
+    height, width = _latent_size(pipe)
+    device = pipe.unet.device
+    if device.type != "cuda":
+        return max(1, LATENT_PIXELS_PER_CPU_BATCH // (height * width))
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch, but not in use
+    image = height * width * CUDA_BYTES_PER_LATENT_PIXEL * pipe.unet.dtype.itemsize
+    return min(256, max(1, int(0.8 * free / image)))

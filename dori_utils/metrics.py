@@ -1,0 +1,239 @@
+"""Metrics: scores and features become the numbers of a table, each with the interval that it deserves.
+
+* Memorization rate (MR): a target counts as memorized when its mean SSCD over seeds is above 0.7. Decided here, once.
+* Diversity (D_SSCD): mean pairwise SSCD among one prompt's generations. High means always the same picture.
+* Alignment (A_CLIP): cosine of CLIP's image and text embedding; retrieval: does it pick the right caption among many?
+* Fréchet distance between two sets of features (FID, when they are Inception's).
+* Intervals: the bootstrap for means over targets, Wilson's for shares. The bootstrap of 0 out of 64 is [0, 0], which
+  claims to know what 64 targets cannot tell; Wilson's is [0, 0.057].
+
+Shapes: N targets or prompts, S seeds, D features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .similarity import to_rgb
+
+THRESHOLD = 0.7  # SSCD above which a generation is a copy: Wen et al. (2024), NeMo, DoRI
+
+
+@dataclass(frozen=True)
+class MemorizationRate:
+    """How much is memorized; `rate` is MR, the others stand beside it.
+
+    Args:
+        rate: share of targets whose mean over seeds is above the threshold.
+        low, high: Wilson's 95% interval of `rate`.
+        images: share of all images above the threshold.
+        any_seed: share of targets with at least one seed above the threshold.
+        targets: N.
+    """
+
+    rate: float
+    low: float
+    high: float
+    images: float
+    any_seed: float
+    targets: int
+
+
+def memorization_rate(scores, threshold=THRESHOLD):
+    """MR of SSCD scores (N, S) as `sscd_scores` returns them.
+
+    Raises:
+        ValueError: not a table of at least one target and seed, or with NaN.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or not scores.size or np.isnan(scores).any():
+        raise ValueError(f"Scores must be (targets, seeds), at least one of each, without NaN; got {scores.shape}.")
+    copies = scores > threshold
+    memorized = scores.mean(axis=1) > threshold
+    low, high = share_interval(memorized.sum(), len(memorized))
+    return MemorizationRate(
+        memorized.mean().item(), low, high, copies.mean().item(), copies.any(axis=1).mean().item(), len(scores)
+    )
+
+
+def diversity(embeddings):
+    """D_SSCD: mean pairwise cosine among the S >= 2 generations of each prompt; higher is less diverse.
+
+    Args:
+        embeddings: (N, S, D), rows of length 1.
+
+    Returns:
+        (N,) float32.
+    """
+    seeds = embeddings.shape[1]
+    if seeds < 2:
+        raise ValueError("Diversity needs at least two generations for each prompt.")
+    pairs = np.einsum("nsd,ntd->nst", embeddings, embeddings)  # (N, S, S)
+    first, second = np.triu_indices(seeds, k=1)
+    return pairs[:, first, second].mean(axis=1)
+
+
+@dataclass(frozen=True)
+class CLIP:
+    """A `CLIPModel` with its tokenizer and image processor, whatever its image size: embeddings of length 1."""
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    image_processor: object
+
+    @torch.inference_mode()
+    def embed_images(self, images, batch_size=64):
+        """N PIL images to (N, D) float32."""
+        images = [to_rgb(image) for image in images]
+        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        pixels = (self.image_processor(batch, return_tensors="pt").pixel_values for batch in batches)
+        return self._unit_rows(
+            self.model.get_image_features(batch.to(self.model.device, self.model.dtype)) for batch in pixels
+        )
+
+    @torch.inference_mode()
+    def embed_texts(self, captions, batch_size=256):
+        """N captions to (N, D) float32.
+
+        Raises:
+            ValueError: a caption has more tokens than the model takes.
+        """
+        tokens = self.tokenizer(list(captions), padding=True, return_tensors="pt").to(self.model.device)
+        length, limit = tokens.input_ids.shape[1], self.model.config.text_config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"The longest caption has {length} tokens; {self.name} takes {limit}. Shorten it.")
+        batches = zip(*(part.split(batch_size) for part in (tokens.input_ids, tokens.attention_mask)), strict=True)
+        return self._unit_rows(
+            self.model.get_text_features(input_ids=ids, attention_mask=mask) for ids, mask in batches
+        )
+
+    def _unit_rows(self, outputs):
+        rows = torch.cat([output.pooler_output for output in outputs]).float()
+        return torch.nn.functional.normalize(rows, dim=1).cpu().numpy()
+
+
+def load_clip(path, *, device=None):
+    """Load a CLIP from a folder with model.safetensors, the tokenizer's files and preprocessor_config.json.
+
+    Args:
+        path: the testbed's own CLIP, or a downloaded one such as openai/clip-vit-base-patch32. Pickled weights are
+            not read.
+        device: default: the best there is.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which.
+    """
+    # The variant that resizes with Pillow: the other one needs torchvision, which nothing else here does.
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    from .models import default_device
+
+    path = Path(path)
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "preprocessor_config.json"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"No CLIP in {path}: {name} is missing.")
+    model = CLIPModel.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    return CLIP(
+        name=path.name,
+        model=model.to(device or default_device()).eval().requires_grad_(False),
+        tokenizer=CLIPTokenizer.from_pretrained(path, local_files_only=True),
+        image_processor=CLIPImageProcessorPil.from_pretrained(path, local_files_only=True),
+    )
+
+
+def clip_alignment(images, captions, clip):
+    """A_CLIP: cosine between each of N images and its own caption.
+
+    Returns:
+        (N,) float32.
+    """
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images need as many captions, got {len(captions)}.")
+    return np.einsum("nd,nd->n", clip.embed_images(images), clip.embed_texts(captions))
+
+
+def retrieval_accuracy(images, captions, clip):
+    """Share of each caption's images for which CLIP ranks that caption first among all N.
+
+    Args:
+        images: N lists of PIL images, as `generate` returns them.
+        captions: N different captions; chance is 1 / N.
+
+    Returns:
+        (N,) float64, one share for each caption; its mean is the accuracy, `bootstrap_interval` its interval.
+    """
+    if len(images) != len(captions) or len(set(captions)) != len(captions):
+        raise ValueError(f"{len(images)} lists of images need as many different captions, got {len(set(captions))}.")
+    texts = clip.embed_texts(captions)  # (N, D)
+    best = [(clip.embed_images(row) @ texts.T).argmax(axis=1) for row in images]
+    return np.array([(picked == caption).mean() for caption, picked in enumerate(best)])
+
+
+def frechet_distance(features_a, features_b):
+    """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D): FID's formula for any features.
+
+    |mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with sample covariances C, in float64. Name the features (SSCD,
+    CLIP, Inception) wherever the number stands. It is biased upwards for small N: compare only at equal N and M.
+
+    Raises:
+        ValueError: fewer than two rows, other widths, or NaN.
+
+    Source: Heusel et al. (2017), Eq. 6.
+    """
+    a, b = (torch.as_tensor(np.asarray(features), dtype=torch.float64) for features in (features_a, features_b))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"Features must be (N, D) and (M, D) with N, M >= 2; got {tuple(a.shape)}, {tuple(b.shape)}.")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("The features hold NaN or infinity.")
+    # Centred rows A, scaled so that C = A^T A. R of A = QR keeps C = R^T R in at most D rows, and the trace of
+    # (C_a C_b)^(1/2) is the nuclear norm of R_a R_b^T: no square root of a singular matrix, exact also for N < D.
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    r_a, r_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))
+    cross = torch.linalg.matrix_norm(r_a @ r_b.T, ord="nuc")
+    return ((mean_a - mean_b).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross).item()
+
+
+def bootstrap_interval(values, statistic=np.mean, level=0.95, resamples=2000, seed=0):
+    """Percentile bootstrap interval of a statistic over targets; the same numbers give the same interval.
+
+    For shares use `share_interval`: where all targets agree, the bootstrap's interval has no width.
+
+    Args:
+        values: (N,), one number a target (average over seeds first: seeds of one target are not independent).
+        statistic: a function of (..., N) and `axis`, as NumPy's are.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        ValueError: fewer than two targets, or NaN.
+    """
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or np.isnan(values).any():
+        raise ValueError(f"An interval over targets needs (N >= 2,) numbers without NaN; got shape {values.shape}.")
+    interval = bootstrap(
+        (values,),
+        statistic,
+        vectorized=True,
+        method="percentile",
+        confidence_level=level,
+        n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def share_interval(count, n, level=0.95):
+    """Wilson's interval (low, high) of a share of count out of n; it keeps its width at 0 and at n.
+
+    Source: Wilson (1927); as good as any for small n in Brown, Cai and DasGupta (2001).
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(count), int(n)).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)

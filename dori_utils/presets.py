@@ -1,0 +1,46 @@
+"""Presets: the numbers of an experiment, once for the bundled testbed and once as the paper has them.
+
+Every number that a notebook or the scorecard uses and that is not the model's own stands here, with its source or,
+where nobody published it, our choice and why.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one size of the experiments. `sampling` is what `generate` takes."""
+
+    model: str
+    num_inference_steps: int
+    guidance_scale: float
+    seeds: tuple[int, ...]  # of the generations that MR is taken over
+    sscd_transform: str  # a name in similarity.TRANSFORMS
+    detection_seeds: tuple[int, ...]  # of first-step similarity and noise magnitude
+    pairwise: str  # how first-step similarity compares seeds, see detection.pairwise_similarity
+
+    @property
+    def sampling(self) -> dict:
+        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+
+
+PRESETS = {
+    "testbed": Preset(
+        model="testbed",
+        num_inference_steps=25,
+        guidance_scale=3.0,  # our choice: the captions are simple, and 7.5 burns colours at this size
+        seeds=tuple(range(4)),  # minutes on two cores
+        sscd_transform="testbed",  # chosen by the table in notebook 00
+        detection_seeds=tuple(range(4)),
+        pairwise="cosine",  # 16x16 latents leave MS-SSIM no scales; a correlation uses every pixel
+    ),
+    "paper": Preset(
+        model="sd14",
+        num_inference_steps=50,  # diffusers' default; NeMo's code
+        guidance_scale=7.5,  # diffusers' default; NeMo's code
+        seeds=tuple(range(10)),  # NeMo
+        sscd_transform="sd",
+        detection_seeds=tuple(range(10)),  # NeMo
+        pairwise="ms_ssim",  # NeMo
+    ),
+}

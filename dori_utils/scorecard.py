@@ -1,0 +1,241 @@
+"""Scorecard: every bar that this project has set itself, measured now. `make scorecard` calls this.
+
+    python -m dori_utils.scorecard            # all bars
+    python -m dori_utils.scorecard VM         # those whose names begin so; the others keep their last result
+
+One line a bar, and all of them in figures/scorecard.json. A number is always measured, never copied from anywhere; a
+bar that is missed is shown as short. Generations come from the store (cache/) if they are there under the same model,
+seeds and settings; times are taken fresh, so let nothing else run.
+"""
+
+import datetime
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import metrics
+from .audit import audit, cached_generate, scores_by_target
+from .generation import decode, denoise, encode_prompts, generate, initial_latents
+from .models import TESTBED, load_pipeline
+from .plots import figures_folder
+from .presets import PRESETS
+from .similarity import load_sscd, sscd_scores
+from .store import default_store
+from .targets import load_targets
+from .testbed.data import held_out_scenes
+from .testbed.search import nearest_training_images
+from .testbed.train import to_model_range, unet_training_set
+
+PRESET = PRESETS["testbed"]
+COMPARE = {"<=": lambda value, bound: value <= bound, ">=": lambda value, bound: value >= bound}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise: `measure()` gives a number, or a number and a remark, and the number is `sign` `bound`."""
+
+    name: str
+    sign: str
+    bound: float
+    measure: Callable[[], float | tuple[float, str]]
+
+    def result(self) -> dict:
+        measured = self.measure()
+        value, remark = measured if isinstance(measured, tuple) else (measured, "")
+        return {
+            "name": self.name,
+            "value": round(float(value), 4),
+            "bound": f"{self.sign} {self.bound:g}",
+            "holds": bool(COMPARE[self.sign](value, self.bound)),
+            "command": f'python -m dori_utils.scorecard "{self.name}"',
+            "date": datetime.date.today().isoformat(),
+            "remark": remark,
+        }
+
+
+@functools.cache
+def pipe():
+    return load_pipeline("testbed")
+
+
+@functools.cache
+def rows(kind: str):
+    return audit(pipe(), load_targets("testbed", kind=kind), PRESET, default_store())
+
+
+def vae_reconstruction():
+    """Median SSCD of 200 held-out scenes and their reconstructions."""
+    scenes = [Image.fromarray(scene.draw()) for scene in held_out_scenes(200)]
+    pixels = torch.stack([torch.from_numpy(np.array(scene)).permute(2, 0, 1) for scene in scenes])
+    with torch.inference_mode():
+        vae = pipe().vae
+        latents = vae.encode(to_model_range(pixels)).latents * vae.config.scaling_factor
+        decoded = pipe().image_processor.numpy_to_pil(pipe().image_processor.pt_to_numpy(decode(pipe(), latents)))
+    scores = sscd_scores([[d] for d in decoded], scenes, transform=PRESET.sscd_transform).ravel()
+    return np.median(scores), f"200 scenes, lowest tenth below {np.quantile(scores, 0.1):.2f}"
+
+
+def mean_sscd(kind: str):
+    by_target = scores_by_target(rows(kind)).mean(axis=1)
+    low, high = metrics.bootstrap_interval(by_target)
+    return by_target.mean(), f"{len(by_target)} targets, {len(PRESET.seeds)} seeds, 95% {low:.3f} to {high:.3f}"
+
+
+def rate(kind: str):
+    mr = metrics.memorization_rate(scores_by_target(rows(kind)))
+    return mr.rate, f"95% {mr.low:.3f} to {mr.high:.3f}; images {mr.images:.3f}, any seed {mr.any_seed:.3f}"
+
+
+@functools.cache
+def ordinary_images():
+    """50 held-out captions x 4 seeds."""
+    captions = [scene.caption for scene in held_out_scenes(50)]
+    return cached_generate(pipe(), captions, PRESET.seeds, PRESET, default_store())
+
+
+def retrieval():
+    """Share of generations for which the testbed's CLIP ranks their own caption first among 50; chance is 0.02."""
+    scenes = held_out_scenes(50)
+    captions = [scene.caption for scene in scenes]
+    clip = metrics.load_clip(TESTBED / "clip")
+    generated = metrics.retrieval_accuracy(ordinary_images(), captions, clip)
+    real = metrics.retrieval_accuracy([[Image.fromarray(s.draw())] for s in scenes], captions, clip)
+    low, high = metrics.bootstrap_interval(generated)
+    return generated.mean(), f"chance 0.02; 95% {low:.3f} to {high:.3f}; real scenes {real.mean():.3f}"
+
+
+def object_retrieval():
+    """The same where the background gives nothing away: 50 captions that all say "plain", so only objects tell."""
+    scenes = [s for s in held_out_scenes(400) if s.background.kind == "plain"][:50]
+    captions = [scene.caption for scene in scenes]
+    clip = metrics.load_clip(TESTBED / "clip")
+    images = cached_generate(pipe(), captions, PRESET.seeds, PRESET, default_store())
+    generated = metrics.retrieval_accuracy(images, captions, clip)
+    real = metrics.retrieval_accuracy([[Image.fromarray(s.draw())] for s in scenes], captions, clip)
+    return generated.mean(), f"chance 0.02; {len(scenes)} captions; real scenes {real.mean():.3f}"
+
+
+def ordinary_copies():
+    """Share of generations for ordinary captions with an SSCD above 0.7 to any training image."""
+    images = [image for row in ordinary_images() for image in row]
+    nearest = nearest_training_images(images, unet_training_set(), default_store(), load_sscd(), PRESET.sscd_transform)
+    copies = int((nearest["sscd"] > metrics.THRESHOLD).sum())
+    low, high = metrics.share_interval(copies, len(images))
+    return copies / len(images), f"{copies} of {len(images)}, 95% {low:.3f} to {high:.3f}"
+
+
+def weights_megabytes():
+    return sum(f.stat().st_size for f in TESTBED.rglob("*.safetensors")) / 1e6
+
+
+def seconds(run: Callable[[], object], repeats: int = 3) -> float:
+    """Median time of run() after one for warming up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def seconds_per_image():
+    prompts = [t.prompt for t in load_targets("testbed", kind="VM")[:4]]
+    settings = {"seeds": range(4), "batch_size": 16, "progress": False, **PRESET.sampling}
+    return seconds(lambda: generate(pipe(), prompts, **settings)) / 16
+
+
+def seconds_per_attack_step():
+    """Forward and backward pass of 4 targets x 8 draws, gradient for the embeddings alone, for each target."""
+    targets = load_targets("testbed", kind="VM")[:4]
+    embeds = encode_prompts(pipe(), [t.prompt for t in targets]).clone().requires_grad_(True)  # (4, T, D)
+    noisy, timesteps = initial_latents(pipe(), range(32)), torch.arange(32) * 31
+
+    def step():
+        output = pipe().unet(noisy, timesteps, encoder_hidden_states=embeds.repeat_interleave(8, dim=0)).sample
+        torch.autograd.grad(output.square().mean(), embeds)
+
+    return seconds(step) / 4
+
+
+def parity_with_diffusers():
+    """Largest difference in pixels (0 to 1) between our loop and diffusers' own, same latents."""
+    prompt, latents = load_targets("testbed", kind="VM")[0].prompt, initial_latents(pipe(), [0])
+    theirs = pipe()(prompt, latents=latents, output_type="pt", **PRESET.sampling).images
+    ours = decode(pipe(), denoise(pipe(), latents, encode_prompts(pipe(), [prompt]), **PRESET.sampling))
+    return (theirs - ours).abs().max().item()
+
+
+def batch_size_matters():
+    """Largest difference in pixel levels (0 to 255) between batches of 1 and of 16."""
+    prompts = [t.prompt for t in load_targets("testbed", kind="VM")[:4]]
+    one, many = (
+        np.array(generate(pipe(), prompts, batch_size=b, progress=False, **PRESET.sampling), dtype=np.int16)
+        for b in (1, 16)
+    )
+    return np.abs(one - many).max()
+
+
+def command_seconds(*command: str) -> float:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+BARS = (
+    Bar("VAE reconstruction, median SSCD", ">=", 0.90, vae_reconstruction),
+    Bar("VM mean SSCD_Orig", ">=", 0.80, lambda: mean_sscd("VM")),
+    Bar("VM memorization rate", ">=", 0.90, lambda: rate("VM")),
+    Bar("control mean SSCD_Orig", "<=", 0.35, lambda: mean_sscd("control")),
+    Bar("control memorization rate", "<=", 0.0, lambda: rate("control")),
+    Bar("ordinary captions, retrieval among 50", ">=", 0.20, retrieval),
+    Bar("ordinary captions, retrieval by objects alone", ">=", 0.20, object_retrieval),
+    Bar("ordinary captions, share of copies", "<=", 0.0, ordinary_copies),
+    Bar("weights, MB", "<=", 80, weights_megabytes),
+    Bar("image, s (25 steps, guided, batch of 16)", "<=", 0.7, seconds_per_image),
+    Bar("DoRI step, s a target (8 draws, 4 targets)", "<=", 0.25, seconds_per_attack_step),
+    Bar("generate against diffusers, pixel difference", "<=", 1e-4, parity_with_diffusers),
+    Bar("batch of 1 against 16, pixel levels", "<=", 1, batch_size_matters),
+    Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
+    Bar("fast tests, s", "<=", 120, lambda: command_seconds("pytest", "-q", "-m", "not slow")),
+    Bar("whole suite, s", "<=", 900, lambda: command_seconds("pytest", "-q")),
+)
+
+
+def merged(path: Path, new: list[dict]) -> list[dict]:
+    """The results on disk with the new ones in place, in the order of BARS; bars that no longer exist are dropped."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    results = {r["name"]: r for r in old} | {r["name"]: r for r in new}
+    return [results[bar.name] for bar in BARS if bar.name in results]
+
+
+def main(beginnings: list[str]) -> int:
+    chosen = [bar for bar in BARS if bar.name.startswith(tuple(beginnings or [""]))]
+    if not chosen:
+        print(f"No bar begins so. There are: {'; '.join(bar.name for bar in BARS)}", file=sys.stderr)
+        return 1
+    results = []
+    for bar in chosen:
+        results.append(r := bar.result())
+        state = "holds" if r["holds"] else "SHORT"
+        print(f"{r['name']:<50} {r['value']:>9.4g}  {r['bound']:<8} {state}  {r['remark']}", flush=True)
+    path = figures_folder() / "scorecard.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(merged(path, results), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,200 @@
+"""Tiny pipelines of the real diffusers and transformers classes, random weights, saved to disk and loaded back.
+
+Three families: SD 1.x (PNDM, noise prediction), SD 2.x (v-prediction, linear projections, heads per level) and one like
+the testbed (AutoencoderTiny, DDIM, v-prediction, trailing timesteps). All have SD 1.x's topology: three cross-attention
+down blocks and a plain one, two layers each, so 7 `attn2.to_v` in down and mid and 16 `ff.net.2`.
+
+`sd1`, `sd2` and `tiny_testbed` are shared by the whole session: a test that changes a pipeline puts it back.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are written for float32 on a CPU
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+MAX_TOKENS = 16
+WORDS = "a an the photo of and on cat dog violin grapes guitar car red striped dotted background".split()
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory):
+    return _save_sd1(tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory):
+    return _save_sd2(tmp_path_factory.mktemp("sd2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_testbed_folder(tmp_path_factory):
+    return _save_testbed(tmp_path_factory.mktemp("testbed"))
+
+
+@pytest.fixture(scope="session")
+def sd1(sd1_folder):
+    return _load(sd1_folder)
+
+
+@pytest.fixture(scope="session")
+def sd2(sd2_folder):
+    return _load(sd2_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_testbed(tiny_testbed_folder):
+    return _load(tiny_testbed_folder)
+
+
+@pytest.fixture(params=["sd1", "sd2", "tiny_testbed"])
+def pipe(request):
+    """Each of the three families in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def _load(folder):
+    from dori_utils.models import load_pipeline
+
+    return load_pipeline(folder, device="cpu")
+
+
+def _save_sd1(folder):
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(**_betas(), skip_prk_steps=True, steps_offset=1)
+    return _save(folder, unet=_unet(attention_head_dim=2), vae=_autoencoder_kl(), scheduler=scheduler)
+
+
+def _save_sd2(folder):
+    from diffusers import DDIMScheduler
+
+    unet = _unet(attention_head_dim=[1, 2, 2, 2], use_linear_projection=True)
+    scheduler = DDIMScheduler(
+        **_betas(), prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    return _save(folder, unet=unet, vae=_autoencoder_kl(), scheduler=scheduler, hidden_act="gelu")
+
+
+def _save_testbed(folder):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        **_betas(),
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+    return _save(folder, unet=_unet(attention_head_dim=2), vae=_autoencoder_tiny(), scheduler=scheduler)
+
+
+def _save(folder, *, unet, vae, scheduler, hidden_act="quick_gelu"):
+    from diffusers import StableDiffusionPipeline
+
+    tokenizer = build_tokenizer()
+    StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        scheduler=scheduler,
+        text_encoder=_text_encoder(tokenizer, hidden_act),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer():
+    """A CLIPTokenizer as OpenAI's, made offline: every byte, and merges that make each of WORDS one token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens, merges = letters + [letter + "</w>" for letter in letters], []
+    for word in WORDS:
+        left = word[0]
+        for i, letter in enumerate(word[1:], start=2):
+            right = letter + "</w>" * (i == len(word))
+            if (left, right) not in merges:
+                merges.append((left, right))
+            left += right
+            if left not in tokens:
+                tokens.append(left)
+    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _betas():
+    return dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def _text_encoder(tokenizer, hidden_act):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act=hidden_act,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _unet(**kwargs):
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        **kwargs,
+    )
+
+
+def _autoencoder_kl():
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def _autoencoder_tiny():
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(2)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+        scaling_factor=0.7,
+    )
+    vae.decoder.layers[-1].weight.data.mul_(8)  # else a random decoder's pixels are nearly all black
+    vae.decoder.layers[-1].bias.data.fill_(0.5)
+    return vae

@@ -1,0 +1,123 @@
+"""The notebook runner: order, parameters, the kernel's Python and folder, and what a failure says."""
+
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from dori_utils import book
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path / "notebooks"
+
+
+def _write(folder, name, *sources, parameters=None):
+    cells = [new_markdown_cell("# A title"), *(new_code_cell(source) for source in sources)]
+    if parameters:
+        cells.insert(1, new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / name)
+    return folder / name
+
+
+def _run(folder, *arguments):
+    return book.main([*arguments, "--folder", str(folder), "--output", str(folder.parent / "build")])
+
+
+def test_notebooks_run_in_order_and_a_table_of_seconds_follows(folder, capsys):
+    _write(folder, "01_second.ipynb", "print(open('first.txt').read())")
+    _write(folder, "00_first.ipynb", "open('first.txt', 'w').write('from the first')")
+    before = (folder / "00_first.ipynb").read_bytes()
+
+    assert _run(folder) == 0
+
+    executed = nbformat.read(folder.parent / "build" / "01_second.ipynb", as_version=4)
+    assert executed.cells[1].outputs[0].text == "from the first\n"
+    assert (folder / "00_first.ipynb").read_bytes() == before, "the committed notebook stays without outputs"
+    printed = capsys.readouterr()
+    names, seconds = zip(*(line.split()[:2] for line in printed.out.splitlines()), strict=True)
+    assert names == ("00_first", "01_second", "all")
+    assert float(seconds[2]) == pytest.approx(float(seconds[0]) + float(seconds[1]), abs=0.11)
+    assert "1/2 00_first" in printed.err and "2/2 01_second" in printed.err and "2/2 [" in printed.err
+
+
+def test_the_kernel_is_this_python_whatever_is_registered_as_python3(folder, tmp_path, monkeypatch):
+    registered = tmp_path / "jupyter" / "kernels" / "python3"
+    registered.mkdir(parents=True)
+    spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    (registered / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = _write(folder, "00.ipynb", "import sys, os\nprint(sys.executable)\nprint(os.getcwd())")
+
+    book.run_notebook(notebook, tmp_path / "executed.ipynb", progress=False)
+
+    executable, cwd = nbformat.read(tmp_path / "executed.ipynb", as_version=4).cells[1].outputs[0].text.splitlines()
+    assert Path(executable).samefile(sys.executable)
+    assert Path(cwd) == folder
+
+
+def test_parameters_reach_the_notebooks_that_declare_them_as_python_values(folder):
+    _write(folder, "00.ipynb", "print(MODEL, STEPS + 1)", parameters='MODEL = "testbed"\nSTEPS = 50')
+    _write(folder, "01.ipynb", "print(MODEL)", parameters='MODEL = "testbed"')
+
+    assert _run(folder, "-p", "MODEL", "sd14", "-p", "STEPS", "9") == 0
+
+    printed = [
+        nbformat.read(folder.parent / "build" / name, as_version=4).cells[-1].outputs[0].text
+        for name in ("00.ipynb", "01.ipynb")
+    ]
+    assert printed == ["sd14 10\n", "sd14\n"]
+
+
+def test_a_parameter_that_no_notebook_declares_is_refused_before_anything_runs(folder, capsys):
+    _write(folder, "00.ipynb", "open('ran.txt', 'w')", parameters='MODEL = "testbed"')
+    assert _run(folder, "-p", "MODLE", "sd14") == 1
+    assert "no notebook has a parameter MODLE; there are: MODEL" in capsys.readouterr().err
+    assert not (folder / "ran.txt").exists()
+
+
+def test_a_failing_cell_stops_the_book_and_is_named_with_its_traceback(folder, capsys):
+    _write(folder, "00_fails.ipynb", "x = 1", "def divide():\n    return x / 0\n\ndivide()", "print('never')")
+    _write(folder, "01_next.ipynb", "open('ran.txt', 'w')")
+
+    assert _run(folder) == 1
+
+    message = capsys.readouterr().err
+    assert "00_fails.ipynb failed in cell [2]:" in message
+    assert "ZeroDivisionError: division by zero" in message and "return x / 0" in message
+    assert "\x1b" not in message.split("failed in cell")[1], "no colour codes in the log"
+    assert not (folder / "ran.txt").exists()
+    executed = nbformat.read(folder.parent / "build" / "00_fails.ipynb", as_version=4)
+    assert any(output.output_type == "error" for cell in executed.cells for output in cell.get("outputs", []))
+
+
+def test_a_kernel_that_dies_is_named_with_its_cell(folder, capsys):
+    _write(folder, "00_dies.ipynb", "x = 1", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "x = 2")
+    assert _run(folder) == 1
+    assert "00_dies.ipynb failed in cell [2]:\n\nits Python process died. Out of memory?" in capsys.readouterr().err
+
+
+def test_a_beginning_chooses_notebooks_and_an_unknown_one_lists_what_there_is(folder, capsys):
+    first, second = _write(folder, "00_start.ipynb"), _write(folder, "01_detection.ipynb")
+    assert book.find_notebooks(folder, []) == [first, second]
+    assert book.find_notebooks(folder, ["01"]) == [second]
+    assert _run(folder, "07") == 1
+    assert f"no notebook 07*.ipynb in {folder}; there are: 00_start, 01_detection" in capsys.readouterr().err
+
+
+def test_a_folder_without_notebooks_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are: none"):
+        book.find_notebooks(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8", 8), ("1e-3", 0.001), ("None", None), ("[1, 2]", [1, 2]), ("sd14", "sd14"), ("a b", "a b")]
+)
+def test_values_on_the_command_line_are_python_where_they_can_be(text, value):
+    assert book._value(text) == value

@@ -1,0 +1,231 @@
+"""Generation gives what diffusers gives, for any mix of prompts and seeds in a batch."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+
+from dori_utils import generation
+from dori_utils.generation import decode, denoise, encode_prompts, generate, initial_latents
+
+PROMPTS = ["a photo of a cat", "violin and grapes"]
+SAMPLING = dict(num_inference_steps=6, guidance_scale=7.5)
+QUICK = dict(num_inference_steps=3, guidance_scale=3.0, progress=False)
+
+
+def with_scheduler(pipe, scheduler):
+    pipe = copy.copy(pipe)
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def diffusers_images(pipe, latents, **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(latents=latents, output_type="pt", **kwargs).images
+
+
+def pixels(images):
+    """Nested lists of PIL images as one int array (prompts, seeds, height, width, 3)."""
+    return np.array([[np.asarray(image, dtype=int) for image in row] for row in images])
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_equals_diffusers_own_pipeline(pipe, guidance_scale):
+    """SD 1.x with PNDM, SD 2.x with v-prediction, the testbed with AutoencoderTiny and trailing timesteps."""
+    latents, sampling = initial_latents(pipe, [0, 1]), SAMPLING | {"guidance_scale": guidance_scale}
+    theirs = diffusers_images(pipe, latents, prompt=PROMPTS, **sampling)
+    ours = decode(pipe, denoise(pipe, latents, encode_prompts(pipe, PROMPTS), **sampling))
+    assert theirs.std() > 0.02  # else any two would be equal
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_guidance_prompts_and_noise_all_matter(pipe):
+    latents, embeds = initial_latents(pipe, [0, 1]), encode_prompts(pipe, PROMPTS)
+    images = decode(pipe, denoise(pipe, latents, embeds, **SAMPLING))
+    for other in (
+        denoise(pipe, latents, embeds, num_inference_steps=6, guidance_scale=1.0),
+        denoise(pipe, latents, embeds.flip(0), **SAMPLING),
+        denoise(pipe, latents.flip(0), embeds, **SAMPLING),
+    ):
+        assert (decode(pipe, other) - images).abs().max() > 1e-3
+
+
+def test_ddim_on_sd1_equals_diffusers(sd1):
+    pipe = with_scheduler(sd1, DDIMScheduler.from_config(sd1.scheduler.config, clip_sample=False))
+    latents = initial_latents(pipe, [3])
+    theirs = diffusers_images(pipe, latents, prompt="a red car", **SAMPLING)
+    ours = decode(pipe, denoise(pipe, latents, encode_prompts(pipe, ["a red car"]), **SAMPLING))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_seeds_are_the_generators_of_diffusers(pipe):
+    theirs = diffusers_images(
+        pipe, None, prompt=PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)], **SAMPLING
+    )
+    ours = decode(pipe, denoise(pipe, initial_latents(pipe, [5, 6]), encode_prompts(pipe, PROMPTS), **SAMPLING))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_generate_returns_prompts_x_seeds(pipe):
+    images = generate(pipe, PROMPTS, seeds=[7, 8, 9], **QUICK)
+    assert [len(row) for row in images] == [3, 3]
+    assert images[0][0].mode == "RGB"
+    for prompt, row in zip(PROMPTS, images, strict=True):
+        for seed, image in zip([7, 8, 9], row, strict=True):
+            theirs = diffusers_images(
+                pipe, initial_latents(pipe, [seed]), prompt=prompt, num_inference_steps=3, guidance_scale=3.0
+            )[0].permute(1, 2, 0)  # (3, height, width) → (height, width, 3)
+            assert np.abs(np.asarray(image, dtype=int) - theirs.numpy() * 255).max() <= 1.0
+
+
+def test_batch_size_does_not_change_an_image(pipe):
+    """A batch of 16 mixes four prompts with four seeds; and nothing is left over from batch to batch."""
+    prompts = ["a cat", "a dog on a striped background", "grapes", ""]
+    alone = generate(pipe, prompts, seeds=range(4), batch_size=1, **QUICK)
+    together = generate(pipe, prompts, seeds=range(4), batch_size=16, **QUICK)
+    uneven = generate(pipe, prompts, seeds=range(4), batch_size=3, **QUICK)
+    assert np.abs(pixels(alone) - pixels(together)).max() <= 1
+    assert np.abs(pixels(alone) - pixels(uneven)).max() <= 1
+
+    latents, embeds = initial_latents(pipe, range(16)), encode_prompts(pipe, prompts).repeat(4, 1, 1)
+    sampling = dict(num_inference_steps=3, guidance_scale=7.5)
+    together = denoise(pipe, latents, embeds, **sampling)
+    alone = torch.cat([denoise(pipe, latents[i, None], embeds[i, None], **sampling) for i in range(16)])
+    torch.testing.assert_close(decode(pipe, together), decode(pipe, alone), atol=1e-4, rtol=0)
+
+
+def test_a_seed_is_the_same_noise_whatever_ran_before(sd1):
+    torch.manual_seed(123)
+    first = initial_latents(sd1, [1, 2])
+    torch.manual_seed(456)
+    again = initial_latents(sd1, [2, 1, 2])
+    assert torch.equal(first, again[[1, 0]]) and torch.equal(again[0], again[2])
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1)), first[0])
+
+
+def test_global_random_state_is_neither_used_nor_changed(sd1):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    images = generate(sd1, "a cat", seeds=[0], **QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert np.array_equal(pixels(images), pixels(generate(sd1, "a cat", seeds=[0], **QUICK)))
+
+
+def test_a_sampler_that_adds_noise_is_reproducible_at_any_batch_size(sd1):
+    """Its noise goes on with each case's own generator; the same numbers as in diffusers."""
+    pipe = with_scheduler(sd1, EulerAncestralDiscreteScheduler.from_config(sd1.scheduler.config))
+    alone, together = (generate(pipe, PROMPTS, seeds=[0, 1], batch_size=size, **QUICK) for size in (1, 4))
+    assert np.abs(pixels(alone) - pixels(together)).max() <= 1
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    theirs = diffusers_images(
+        pipe, None, prompt=[PROMPTS[0]] * 2, generator=generators, num_inference_steps=3, guidance_scale=3.0
+    ).permute(0, 2, 3, 1)
+    assert np.abs(pixels(together)[0] - theirs.numpy() * 255).max() <= 1.0
+
+
+def test_the_pipelines_scheduler_is_left_alone(sd1):
+    """PNDM remembers earlier outputs; whoever is stepping with it must not find it changed."""
+    sd1.scheduler.set_timesteps(17)
+    generate(sd1, "a cat", seeds=[0], **QUICK)
+    assert sd1.scheduler.num_inference_steps == 17 and sd1.scheduler.counter == 0 and sd1.scheduler.ets == []
+
+
+def test_embeddings_of_a_prompt_give_the_images_of_the_prompt(pipe):
+    from_prompt = generate(pipe, PROMPTS, seeds=[0], **QUICK)
+    from_embeds = generate(pipe, prompt_embeds=encode_prompts(pipe, PROMPTS), seeds=[0], **QUICK)
+    assert np.array_equal(pixels(from_prompt), pixels(from_embeds))
+
+
+def test_one_string_is_one_prompt(sd1):
+    assert len(generate(sd1, "a cat", seeds=[0], **QUICK)) == 1
+    assert encode_prompts(sd1, "a cat").shape == (1, 16, 16)
+
+
+def test_many_prompts_are_encoded_as_if_alone(sd1):
+    prompts = [f"a cat and {'a dog ' * (i % 3)}" for i in range(70)]  # more than one chunk
+    together = encode_prompts(sd1, prompts)
+    alone = torch.cat([encode_prompts(sd1, [prompt]) for prompt in prompts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_embeddings_and_latents_can_take_gradients(sd1):
+    """Attacks start from them, so they must not be inference tensors."""
+    embeds = encode_prompts(sd1, ["a cat"]).requires_grad_()
+    latents = denoise(sd1, initial_latents(sd1, [0]), encode_prompts(sd1, [""]), num_inference_steps=1)
+    output = sd1.unet(latents, 500, encoder_hidden_states=embeds).sample
+    output.square().sum().backward()
+    assert embeds.grad.abs().sum() > 0
+
+
+def test_a_prompt_that_is_too_long_is_named_with_both_numbers(sd1):
+    long = "a dog " * 8  # 16 tokens, and start and end
+    with pytest.raises(ValueError, match=r"18 tokens, this model takes 16 .*'a dog a dog"):
+        generate(sd1, ["a cat", long], seeds=[0], **QUICK)
+    just_fits = "a dog " * 7
+    assert len(generate(sd1, [just_fits], seeds=[0], **QUICK)) == 1
+
+
+def test_a_long_prompt_is_cut_on_request(sd1):
+    cut = encode_prompts(sd1, ["a dog " * 8], truncate=True)
+    torch.testing.assert_close(cut, encode_prompts(sd1, ["a dog " * 7]))
+    assert len(generate(sd1, ["a dog " * 8], seeds=[0], truncate=True, **QUICK)) == 1
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(), "either prompts or prompt_embeds"),
+        (dict(prompts=["a cat"], prompt_embeds=torch.zeros(1, 16, 16)), "either prompts or prompt_embeds"),
+        (dict(prompt_embeds=torch.zeros(16, 16)), r"shape \(16, 16\); this model takes \(N, 16, 16\)"),
+        (dict(prompt_embeds=torch.zeros(1, 77, 16)), r"shape \(1, 77, 16\)"),
+        (dict(prompts=[]), "No prompts"),
+        (dict(prompts=["a cat"], seeds=[]), "No seeds"),
+        (dict(prompts=["a cat"], batch_size=0), "batch_size is 0"),
+    ],
+)
+def test_bad_arguments_get_one_clear_message(sd1, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        generate(sd1, **kwargs, progress=False)
+
+
+def test_nan_is_reported_with_its_case_instead_of_a_black_image(sd1):
+    embeds = encode_prompts(sd1, PROMPTS)
+    embeds[1, 3, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="prompt number 1 with seed 4"):
+        generate(sd1, prompt_embeds=embeds, seeds=[4], **QUICK)
+
+
+def test_default_batch_is_16_testbed_images_on_a_cpu_and_one_of_sd(sd1, monkeypatch):
+    monkeypatch.setattr(generation, "_latent_size", lambda pipe: (16, 16))
+    assert generation._default_batch_size(sd1) == 16
+    monkeypatch.setattr(generation, "_latent_size", lambda pipe: (96, 96))
+    assert generation._default_batch_size(sd1) == 1
+
+
+@pytest.mark.parametrize("dtype, free, batch_size", [(torch.float16, 24e9, 11), (torch.float32, 24e9, 5), (None, 0, 1)])
+def test_default_batch_follows_the_memory_of_a_gpu(monkeypatch, dtype, free, batch_size):
+    """Stands in for a GPU: 24 GB take 11 images of 512 pixels in float16, by our own estimate of 1.6 GB each."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 24e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    config = SimpleNamespace(sample_size=64)
+    unet = SimpleNamespace(device=torch.device("cuda"), dtype=dtype or torch.float16, config=config)
+    assert generation._default_batch_size(SimpleNamespace(unet=unet)) == batch_size
+
+
+def test_progress_counts_every_evaluation_of_the_unet(sd1, monkeypatch):
+    bars = []
+
+    class Bar(generation.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(generation, "tqdm", Bar)
+    generate(sd1, PROMPTS, seeds=[0, 1], batch_size=3, **QUICK | {"progress": True})
+    assert bars[0].n == bars[0].total == 2 * 4  # two batches; PNDM takes 4 evaluations for 3 steps

@@ -1,0 +1,206 @@
+"""Figures: the same bytes each time, the right panels, and colours that a colour-blind reader tells apart."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from dori_utils import plots
+
+# Machado, Oliveira, Fernandes (2009), severity 1.0: what becomes of linear RGB.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.fixture(autouse=True)
+def _figures_in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DORI_FIGURES", str(tmp_path / "figures"))
+    with plt.rc_context():
+        plots.use_style()
+        yield
+    plt.close("all")
+
+
+def _squares(*row_lengths):
+    return [[Image.new("RGB", (8, 8), (40 * i, 30 * j, 90)) for j in range(n)] for i, n in enumerate(row_lengths)]
+
+
+def _seen_by(color, vision):
+    """The CIELAB coordinates (3,) of the colour as seen with that vision."""
+    srgb = np.array(to_rgb(color))
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    red, green, blue = np.clip(VISION[vision] @ linear, 0, 1)
+    x = (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505
+    y = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    z = (0.0193 * red + 0.1192 * green + 0.9505 * blue) / 1.089
+    fx, fy, fz = (np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return np.array([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
+
+
+def _smallest_distance(colors, vision):
+    return min(np.linalg.norm(_seen_by(a, vision) - _seen_by(b, vision)) for a, b in itertools.combinations(colors, 2))
+
+
+def test_drawing_a_figure_twice_gives_the_same_bytes(tmp_path):
+    files = []
+    for last_bits in (0.0, 1e-12):  # by which a rerun on another machine differs
+        table = pd.DataFrame({"steps": [0, 10], "SSCD": [0.1, 2 / 3 + last_bits]})
+        fig, ax = plt.subplots()
+        ax.plot(table["steps"], table["SSCD"])
+        path = plots.save_figure(fig, table, "curve")
+        assert path == tmp_path / "figures" / "curve.png"
+        files.append((path.read_bytes(), path.with_suffix(".csv").read_bytes()))
+
+    assert files[0] == files[1]
+    assert files[0][1] == b"steps,SSCD\n0,0.1\n10,0.666667\n"
+
+
+def test_a_picture_carries_no_date_and_no_version():
+    fig, _ = plt.subplots()
+    with Image.open(plots.save_figure(fig, pd.DataFrame({"a": [1]}), "plain")) as picture:
+        assert set(picture.info) <= {"dpi"}
+
+
+def test_an_index_that_means_something_is_written_with_the_numbers():
+    fig, _ = plt.subplots()
+    table = pd.DataFrame({"MR": [2 / 3]}, index=pd.Index(["NeMo"], name="mitigation"))
+    path = plots.save_figure(fig, table, "table")
+    assert path.with_suffix(".csv").read_text() == "mitigation,MR\nNeMo,0.666667\n"
+
+
+def test_figures_go_to_the_repository_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
+    assert plots.figures_folder() == tmp_path / "figures"
+    monkeypatch.delenv("DORI_FIGURES")
+    monkeypatch.chdir(tmp_path)
+    assert plots.figures_folder() == plots.ROOT / "figures"
+    assert (plots.ROOT / "pyproject.toml").is_file()
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one_whole(monkeypatch):
+    fig, ax = plt.subplots()
+    path = plots.save_figure(fig, pd.DataFrame({"a": [1]}), "kept")
+    both = path, path.with_suffix(".csv")
+    before = [file.read_bytes() for file in both]
+
+    def disk_full(self, content):
+        with open(self, "wb") as half:
+            half.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", disk_full)
+    ax.plot([0, 1])
+    with pytest.raises(OSError, match="No space left"):
+        plots.save_figure(fig, pd.DataFrame({"a": [2]}), "kept")
+    assert [file.read_bytes() for file in both] == before
+
+
+@pytest.mark.parametrize("name", ["sub/roc", "roc.png", "../roc", ""])
+def test_a_name_with_a_folder_or_an_ending_is_refused(name):
+    with pytest.raises(ValueError, match="no plain name"):
+        plots.save_figure(plt.figure(), pd.DataFrame({"a": [1]}), name)
+
+
+def test_a_figure_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="empty table"):
+        plots.save_figure(plt.figure(), pd.DataFrame(), "roc")
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("group", [plots.KINDS, plots.MITIGATIONS], ids=["kinds", "mitigations"])
+def test_colors_of_one_figure_stay_apart_for_every_kind_of_vision(group, vision):
+    assert _smallest_distance(group.values(), vision) > 20  # CIELAB units; about 2 is just noticeable
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_no_two_meanings_share_a_color(vision):
+    tints = [plots.mitigation_color(name, dori=False) for name in plots.MITIGATIONS]
+    assert _smallest_distance(plots.PALETTE.values(), vision) > 12
+    assert _smallest_distance([*plots.MITIGATIONS.values(), *tints], vision) > 10
+
+
+def test_dori_has_the_full_color_and_the_prompts_alone_a_lighter_one_of_the_same_hue():
+    for name, color in plots.MITIGATIONS.items():
+        assert plots.mitigation_color(name, dori=True) == color
+        full, tint = np.array(to_rgb(color)), np.array(to_rgb(plots.mitigation_color(name, dori=False)))
+        assert (tint >= full).all() and tint.sum() > full.sum()
+        np.testing.assert_allclose(1 - tint, 0.45 * (1 - full), atol=0.01)  # on the line to white
+
+
+def test_a_grid_shows_each_image_in_its_place_under_its_label():
+    rows = _squares(3, 2)
+    rows[0][1] = None
+    fig = plots.image_grid(rows, row_labels=["VM", "control"], column_labels=["training image", "seed 0", "seed 1"])
+    axes = np.array(fig.axes).reshape(2, 3)
+
+    shown = [[bool(ax.images) for ax in row] for row in axes]
+    assert shown == [[True, False, True], [True, True, False]]
+    np.testing.assert_array_equal(axes[1, 1].images[0].get_array(), np.asarray(rows[1][1]))
+    assert [ax.get_title() for ax in axes[0]] == ["training image", "seed 0", "seed 1"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["VM", "control"]
+
+
+def test_borders_and_captions_tell_the_score_and_copies_stand_out():
+    fig = plots.image_grid(_squares(4), scores=[[None, 0.2, 0.9, float("nan")]])
+    training, different, copy, unscored = fig.axes
+
+    assert [ax.get_xlabel() for ax in fig.axes] == ["", "0.20", "0.90", ""]
+    assert not training.spines["left"].get_visible() and not unscored.spines["left"].get_visible()
+    assert copy.spines["left"].get_linewidth() > different.spines["left"].get_linewidth()
+    assert copy.spines["top"].get_edgecolor() == plots.SCORES(0.9)
+
+
+def test_captions_replace_scores_under_the_images():
+    fig = plots.image_grid(_squares(2), captions=[["before", "after"]], scores=[[0.9, 0.1]])
+    assert [ax.get_xlabel() for ax in fig.axes] == ["before", "after"]
+
+
+def test_a_grid_is_as_wide_as_asked_and_its_tiles_do_not_overlap():
+    fig = plots.image_grid(_squares(5, 5), scores=[[0.9] * 5] * 2, column_labels=list("abcde"), width=plots.COLUMN)
+    fig.canvas.draw()
+    assert fig.get_size_inches()[0] == plots.COLUMN
+    boxes = [ax.get_tightbbox() for ax in fig.axes]
+    assert not any(a.shrunk(0.98, 0.98).overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"row_labels": ["a"]}, {"column_labels": ["a"]}, {"captions": [["a"], ["b"]]}, {"scores": [[0.1, 0.2]]}]
+)
+def test_labels_that_do_not_fit_the_images_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        plots.image_grid(_squares(2, 2), **wrong)
+
+
+def test_bars_carry_their_intervals():
+    _, ax = plt.subplots()
+    plots.interval_bars(ax, ["NeMo", "Wanda"], [0.2, 0.7], [(0.1, 0.4), (0.6, 0.9)], ["#000000", "#ffffff"])
+    (errors,) = (c for c in ax.containers if hasattr(c, "has_yerr"))
+    segments = [segment[:, 1] for segment in errors.lines[2][0].get_segments()]
+    np.testing.assert_allclose(segments, [(0.1, 0.4), (0.6, 0.9)])
+    assert [bar.get_height() for bar in ax.patches] == [0.2, 0.7]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["NeMo", "Wanda"]
+
+
+def test_a_curve_lies_in_its_band():
+    _, ax = plt.subplots()
+    plots.curve_with_interval(ax, [0, 1], [0.4, 0.5], [0.3, 0.4], [0.6, 0.7], color=plots.PALETTE["NeMo"], label="NeMo")
+    band = ax.collections[0].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((0.3, 0.7))
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0.4, 0.5])
+
+
+def test_a_detector_that_separates_a_kind_has_a_curve_through_the_corner():
+    _, ax = plt.subplots()
+    plots.roc_curves(ax, {"VM": [3, 4], "once": [0, 1], "control": [1, 0]}, labels={"VM": "VM 1.00"})
+    vm, once, chance = ax.lines
+    assert (0, 1) in set(zip(*vm.get_data(), strict=True))
+    np.testing.assert_array_equal(once.get_xdata(), once.get_ydata())  # the same scores as the controls: the diagonal
+    assert vm.get_color() == plots.PALETTE["VM"] and once.get_color() == plots.PALETTE["once"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["VM 1.00", "once"]

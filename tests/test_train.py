@@ -1,0 +1,88 @@
+"""Training the testbed at a toy size: it resumes where it stopped, and what it writes loads by diffusers alone."""
+
+import csv
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dori_utils.testbed import data, train
+from dori_utils.testbed.fitting import Stage, fit
+
+TINY = Stage(steps=4, batch_size=2, lr=1e-3, warmup=2)
+
+
+class Stop(Exception):
+    """Stands for a killed process."""
+
+
+def stop_after(step):
+    def callback(numbers):
+        if numbers["step"] == step:
+            raise Stop
+
+    return callback
+
+
+def fit_vae(work, callback=None, save_seconds=1e9):
+    torch.manual_seed(0)
+    scenes = train.Scenes(0, TINY.steps * TINY.batch_size)
+    return fit("vae", train.new_vae(), scenes, train.vae_loss, TINY, work, callback=callback, save_seconds=save_seconds)
+
+
+@pytest.mark.slow
+def test_interrupted_training_goes_on_to_the_same_weights(tmp_path):
+    whole = fit_vae(tmp_path / "whole")
+    with pytest.raises(Stop):
+        fit_vae(tmp_path / "parts", stop_after(2), save_seconds=0)
+    resumed = fit_vae(tmp_path / "parts")
+    for name, expected in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_log_has_a_row_for_the_loss(tmp_path):
+    fit_vae(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "vae.csv").open()))
+    assert [row["step"] for row in rows] == ["0"]
+    assert float(rows[0]["loss"]) > 0 and float(rows[0]["psnr"]) > 0
+
+
+def test_learning_rate_warms_up_and_decays():
+    stage = Stage(steps=100, batch_size=1, lr=1.0, warmup=10, decay=0.3)
+    factors = [stage.lr_factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[10:70] == [1.0] * 60
+    assert factors[85] == pytest.approx(0.5) and factors[99] < 0.05
+    assert all(a >= b for a, b in zip(factors[70:], factors[71:], strict=False))
+
+
+def test_every_word_of_a_caption_is_one_token():
+    tokenizer = train.new_tokenizer()
+    for plan in data.planned():
+        assert len(tokenizer.tokenize(plan.scene.caption)) == len(plan.scene.caption.split())
+    assert len(tokenizer.tokenize("a xylophone")) > 2  # an unknown word is spelled, not lost
+
+
+def test_timesteps_cover_the_schedule_evenly():
+    timesteps = train.stratified_timesteps(50, torch.Generator().manual_seed(0))
+    assert sorted((timesteps // 20).tolist()) == list(range(50))
+
+
+def test_unet_has_the_topology_of_stable_diffusion():
+    names = [name for name, _ in train.new_unet().named_modules()]
+    value = [n for n in names if n.endswith("attn2.to_v") and not n.startswith("up_blocks")]
+    assert len(value) == 7
+    assert sum(n.endswith("ff.net.2") for n in names) == 16
+
+
+@pytest.mark.slow
+def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = train.new_tokenizer()
+    clip = train.new_clip(tokenizer)
+    train.save_testbed(tmp_path, train.new_vae(), clip, tokenizer, train.new_unet(), data.TrainingSet(4_000))
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
+    image = pipe("an owl on a plain background", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
+    expected = clip.text_model(train.tokenize(tokenizer, ["an owl"])).last_hidden_state
+    torch.testing.assert_close(pipe.text_encoder(train.tokenize(tokenizer, ["an owl"])).last_hidden_state, expected)
