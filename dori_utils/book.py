@@ -37,6 +37,8 @@ class NotebookError(RuntimeError):
 class ThisPython(AsyncKernelManager):
     """A kernel of the Python that runs this module, whichever kernels are registered on the machine."""
 
+    transport_encryption = "auto"  # where the kernel can; otherwise it warns on the terminal, in the middle of the bar
+
     @property
     def kernel_spec(self) -> KernelSpec:
         return KernelSpec(**get_kernel_dict())
@@ -90,6 +92,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict | None = None, p
             parameters,
             kernel_name="python3",
             kernel_manager_class=ThisPython,
+            shutdown_kernel="immediate",  # gracefully, it is interrupted first, and reports that as an error
             cwd=notebook.parent,
             progress_bar=progress,
         )

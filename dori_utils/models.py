@@ -180,11 +180,11 @@ def _load_part(folder, part, dtype):
         raise ValueError(f"its {part} needs code of {library!r}, which is not run")
     model_class = getattr(importlib.import_module(library), class_name)
     model, report = model_class.from_pretrained(
-        folder / part, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
     if report["missing_keys"]:
         raise ValueError(f"weights are missing from {folder / part}: {', '.join(sorted(report['missing_keys'])[:3])}")
-    return model
+    return model.to(dtype)  # not at loading: diffusers calls that torch_dtype or dtype, depending on its version
 
 
 @contextmanager

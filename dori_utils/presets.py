@@ -34,6 +34,15 @@ PRESETS = {
         detection_seeds=tuple(range(4)),
         pairwise="cosine",  # 16x16 latents leave MS-SSIM no scales; a correlation uses every pixel
     ),
+    "smoke": Preset(  # whether everything runs: three steps and two seeds give pictures of nothing
+        model="testbed",
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        seeds=(0, 1),
+        sscd_transform="testbed",
+        detection_seeds=(0, 1),
+        pairwise="cosine",
+    ),
     "paper": Preset(
         model="sd14",
         num_inference_steps=50,  # diffusers' default; NeMo's code

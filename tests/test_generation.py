@@ -42,6 +42,21 @@ def test_equals_diffusers_own_pipeline(pipe, guidance_scale):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("guidance_scale, evaluated", [(7.5, 4), (1.0, 2), (0.5, 2)])
+def test_guidance_of_one_or_less_saves_the_unconditional_half(sd1, guidance_scale, evaluated):
+    batches = []
+    hook = sd1.unet.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
+    denoise(
+        sd1,
+        initial_latents(sd1, [0, 1]),
+        encode_prompts(sd1, PROMPTS),
+        num_inference_steps=2,
+        guidance_scale=guidance_scale,
+    )
+    hook.remove()
+    assert set(batches) == {evaluated}
+
+
 def test_guidance_prompts_and_noise_all_matter(pipe):
     latents, embeds = initial_latents(pipe, [0, 1]), encode_prompts(pipe, PROMPTS)
     images = decode(pipe, denoise(pipe, latents, embeds, **SAMPLING))

@@ -45,7 +45,7 @@ def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> 
 
 
 def nearest_training_images(
-    images: list[Image.Image], training_set: TrainingSet, store, sscd, transform, shortlist: int = 50
+    images: list[Image.Image], training_set: TrainingSet, store, sscd, transform, shortlist: int = 20
 ) -> pd.DataFrame:
     """The training image most similar to each of N images.
 

@@ -30,7 +30,7 @@ from .scenes import BACKGROUNDS, SIDE, sprite_names, with_article
 
 STAGES = {
     "vae": Stage(steps=1500, batch_size=16, lr=2e-3, ema=0.99, weight_decay=0.0),
-    "decoder": Stage(steps=1500, batch_size=16, lr=1e-3, ema=0.99, weight_decay=0.0),
+    "decoder": Stage(steps=900, batch_size=16, lr=1e-3, ema=0.99, weight_decay=0.0),
     "clip": Stage(steps=1400, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
     "unet": Stage(steps=3100, batch_size=32, lr=7e-4, ema=0.998),
 }

@@ -1,0 +1,99 @@
+"""The audit: tidy rows from a pipeline and targets, computed once, and what is read off them."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dori_utils import audit as audit_module
+from dori_utils.audit import audit, cached_generate, detect, scores_by_target, summarize
+from dori_utils.generation import generate
+from dori_utils.presets import PRESETS
+from dori_utils.store import Store
+from dori_utils.targets import Target
+
+PRESET = dataclasses.replace(PRESETS["testbed"], num_inference_steps=2, seeds=(0, 1), detection_seeds=(0, 1, 2))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "cache")
+
+
+def make_targets(pipe):
+    """Two that the pipeline draws itself, so it replicates them, and one that it never would."""
+    prompts = ["a cat", "a dog", "a red car"]
+    images = [row[0] for row in generate(pipe, prompts, seeds=[0], **PRESET.sampling, progress=False)]
+    images[2] = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    kinds = ["VM", "VM", "control"]
+    return [Target(f"t{i}", p, image, k, 9) for i, (p, image, k) in enumerate(zip(prompts, images, kinds, strict=True))]
+
+
+def test_cached_images_are_those_of_generate_and_are_made_once(tiny_testbed, store, monkeypatch):
+    expected = generate(tiny_testbed, ["a cat", "a dog"], seeds=(0, 1), **PRESET.sampling, progress=False)
+    first = cached_generate(tiny_testbed, ["a cat", "a dog"], (0, 1), PRESET, store)
+    asked = []
+    monkeypatch.setattr(audit_module, "generate", lambda pipe, p, **k: asked.append(p) or generate(pipe, p, **k))
+    again = cached_generate(tiny_testbed, ["a dog", "a cat"], (0, 1), PRESET, store)[::-1]
+    for ours in (first, again):
+        assert (np.array(ours) == np.array(expected)).all()
+    assert asked == []
+
+
+def test_deleting_one_case_recomputes_that_case_alone(tiny_testbed, store, monkeypatch):
+    cached_generate(tiny_testbed, ["a cat", "a dog"], (0, 1), PRESET, store)
+    one = sorted(store.folder.glob("*.npz"))[0]
+    one.unlink()
+    asked = []
+    monkeypatch.setattr(audit_module, "generate", lambda pipe, p, **k: asked.append(p) or generate(pipe, p, **k))
+    cached_generate(tiny_testbed, ["a cat", "a dog"], (0, 1), PRESET, store)
+    assert len(asked) == 1 and len(asked[0]) == 1 and one.exists()
+
+
+def test_other_weights_are_another_case(tiny_testbed, store):
+    before = cached_generate(tiny_testbed, ["a cat"], (0,), PRESET, store)[0][0]
+    weight = tiny_testbed.unet.conv_out.weight
+    original = weight.data.clone()
+    try:
+        weight.data.mul_(3)
+        after = cached_generate(tiny_testbed, ["a cat"], (0,), PRESET, store)[0][0]
+    finally:
+        weight.data.copy_(original)
+    assert len(list(store.folder.glob("*.npz"))) == 2
+    assert (np.asarray(before) != np.asarray(after)).any()
+
+
+def test_rows_are_tidy_and_say_what_made_them(tiny_testbed, store):
+    rows = audit(tiny_testbed, make_targets(tiny_testbed), PRESET, store)
+    assert list(zip(rows["target"], rows["seed"], strict=True)) == [(f"t{i}", s) for i in range(3) for s in (0, 1)]
+    assert rows.loc[(rows["seed"] == 0) & (rows["kind"] == "VM"), "sscd"].min() > 0.99  # its own image
+    assert set(rows.attrs) == {"model", "weights", "sscd", "sampling", "dori_utils"}
+    assert "onnx" in rows.attrs["sscd"] and "transform testbed" in rows.attrs["sscd"]
+
+
+def test_summary_groups_targets_not_images():
+    scores = {"a": [0.9, 0.8], "b": [0.95, 0.2], "c": [0.1, 0.1]}
+    rows = pd.DataFrame(
+        [
+            {"target": t, "kind": "VM" if t != "c" else "control", "seed": s, "sscd": v}
+            for t, values in scores.items()
+            for s, v in enumerate(values)
+        ]
+    )
+    assert scores_by_target(rows).tolist() == list(scores.values())
+    two = pd.concat([rows, rows[rows["target"] == "c"].assign(target="d")])
+    summary = summarize(two, "kind").set_index("kind")
+    assert summary.loc["VM", "rate"] == 0.5 and summary.loc["VM", "images"] == 0.75
+    assert summary.loc["VM", "any_seed"] == 1.0 and summary.loc["VM", "targets"] == 2
+    assert summary.loc["control", "sscd"] == pytest.approx(0.1)
+
+
+def test_detectors_score_every_prompt_and_count_their_cost(tiny_testbed, store):
+    detected = detect(tiny_testbed, ["a cat", "a dog"], PRESET, store)
+    cost = detected.groupby("detector")["evaluations"].first()
+    assert cost.to_dict() == {"noise magnitude": 6, "first-step similarity": 3, "seed diversity": 8}
+    assert len(detected) == 6 and detected["score"].notna().all() and (detected["seconds"] > 0).all()
+    again = detect(tiny_testbed, ["a cat", "a dog"], PRESET, store)
+    pd.testing.assert_frame_equal(detected, again)
