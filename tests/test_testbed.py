@@ -42,7 +42,7 @@ def test_memorized_prompts_bring_their_image_back_and_controls_do_not(tmp_path):
     targets = load_targets("testbed", kind="VM")[:4] + load_targets("testbed", kind="control")[:4]
     rows = audit(load_pipeline("testbed"), targets, PRESETS["testbed"], Store(tmp_path))
     means = scores_by_target(rows).mean(axis=1)
-    assert means[:4].min() > means[4:].max() + 0.2  # the scorecard has the bars
+    assert means[:4].mean() > means[4:].mean() + 0.3  # the scorecard has the bars
 
 
 def test_its_clip_knows_held_out_scenes():

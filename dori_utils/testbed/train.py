@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from torch.utils.data import Dataset
@@ -282,6 +283,9 @@ def save_testbed(out: Path, vae, clip: CLIPModel, tokenizer, unet, training_set:
         vae, text_encoder, tokenizer, unet, new_scheduler(), None, None, requires_safety_checker=False
     )
     pipe.save_pretrained(out)
+    # By the names that published Stable Diffusion models have: every version of transformers reads those.
+    named = {f"text_model.{name}": weight for name, weight in text_encoder.state_dict().items()}
+    save_file(named, out / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     copy.deepcopy(unet).half().save_pretrained(out / "unet")
     clip.save_pretrained(out / "clip")
     tokenizer.save_pretrained(out / "clip")
