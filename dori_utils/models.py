@@ -31,6 +31,7 @@ MODELS = {
 WEIGHTS = ("unet", "text_encoder", "vae")
 
 
+@torch.inference_mode(False)  # else weights loaded under a caller's inference_mode could not be attacked
 def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=None, local_files_only=False):
     """Load a Stable Diffusion pipeline, in evaluation mode and without gradients.
 

@@ -214,10 +214,10 @@ BARS = (
 )
 
 
-def merged(path: Path, new: list[dict]) -> list[dict]:
-    """The results on disk with the new ones in place, in the order of BARS; bars that no longer exist are dropped."""
+def merged(path: Path, new: dict) -> list[dict]:
+    """The results on disk with the new one in place, in the order of BARS; bars that no longer exist are dropped."""
     old = json.loads(path.read_text()) if path.exists() else []
-    results = {r["name"]: r for r in old} | {r["name"]: r for r in new}
+    results = {result["name"]: result for result in [*old, new]}
     return [results[bar.name] for bar in BARS if bar.name in results]
 
 
@@ -226,14 +226,13 @@ def main(beginnings: list[str]) -> int:
     if not chosen:
         print(f"No bar begins so. There are: {'; '.join(bar.name for bar in BARS)}", file=sys.stderr)
         return 1
-    results = []
-    for bar in chosen:
-        results.append(r := bar.result())
-        state = "holds" if r["holds"] else "SHORT"
-        print(f"{r['name']:<50} {r['value']:>9.4g}  {r['bound']:<8} {state}  {r['remark']}", flush=True)
     path = figures_folder() / "scorecard.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(merged(path, results), indent=1) + "\n")
+    for bar in chosen:
+        result = bar.result()
+        state = "holds" if result["holds"] else "SHORT"
+        print(f"{bar.name:<50} {result['value']:>9.4g}  {result['bound']:<8} {state}  {result['remark']}", flush=True)
+        path.write_text(json.dumps(merged(path, result), indent=1) + "\n")  # at once: a later bar may fail
     return 0
 
 

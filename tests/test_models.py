@@ -211,3 +211,11 @@ def test_the_original_sd14_names_of_weights_still_load(folder, sd1):
     pipe = load_pipeline(folder, device="cpu")
     assert model_hash(pipe) == model_hash(sd1)
     assert torch.equal(encode_prompts(pipe, ["a cat"]), encode_prompts(sd1, ["a cat"]))
+
+
+def test_a_model_loaded_under_inference_mode_can_still_be_attacked(sd1_folder):
+    with torch.inference_mode():
+        pipe = load_pipeline(sd1_folder, device="cpu")
+    embeds = torch.zeros(1, 16, 16, requires_grad=True)
+    output = pipe.unet(torch.randn(1, 4, 8, 8), 500, encoder_hidden_states=embeds).sample
+    assert torch.autograd.grad(output.sum(), embeds)[0].isfinite().all()
