@@ -218,7 +218,7 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def train_unet(work: Path, vae: AutoencoderTiny, tokenizer, text_encoder: CLIPTextModel, seed: int = 0, callback=None):
+def train_unet(work: Path, vae: AutoencoderTiny, tokenizer, text_encoder: CLIPTextModel, seed: int = 0):
     torch.manual_seed(seed)
     stage = STAGES["unet"]
     scheduler = new_scheduler()
@@ -241,7 +241,7 @@ def train_unet(work: Path, vae: AutoencoderTiny, tokenizer, text_encoder: CLIPTe
         return losses.mean(), {k: v.mean().item() if len(v) else math.nan for k, v in parts.items()}
 
     unet = new_unet().to(memory_format=torch.channels_last)
-    return fit("unet", unet, drawn, loss_of, stage, work, seed, callback=callback)
+    return fit("unet", unet, drawn, loss_of, stage, work, seed)
 
 
 def unet_training_set(seed: int = 0) -> TrainingSet:
