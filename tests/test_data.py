@@ -13,7 +13,7 @@ def test_every_target_has_its_own_caption():
 
 
 def test_draws_follow_the_plan():
-    training_set = data.TrainingSet(40_000)
+    training_set = data.TrainingSet((40_000,))
     drawn = Counter(training_set.plan_index.tolist())
     for index, plan in enumerate(data.planned()):
         assert drawn[index] == training_set.duplicates[plan.id]
@@ -23,16 +23,26 @@ def test_draws_follow_the_plan():
 
 
 def test_the_ladder_falls_by_four_a_rung():
-    counts = data.TrainingSet(100_000).duplicates
+    counts = data.TrainingSet((100_000,)).duplicates
     rungs = [counts[f"ladder-{rung:02d}"] for rung in range(5)]
     assert counts["VM-00"] == 1000 and rungs == [250, 62, 16, 4, 1]
 
 
 def test_a_draw_is_the_same_whenever_it_is_asked_for():
-    training_set, again = data.TrainingSet(2_000), data.TrainingSet(2_000)
+    training_set, again = data.TrainingSet((2_000,)), data.TrainingSet((2_000,))
     for draw in (0, 7, 1_999):
         assert training_set.scene(draw) == again.scene(draw)
-    assert (data.TrainingSet(2_000, seed=1).plan_index != training_set.plan_index).any()
+    assert (data.TrainingSet((2_000,), seed=1).plan_index != training_set.plan_index).any()
+
+
+def test_a_second_part_goes_on_without_showing_an_ordinary_scene_again():
+    both, first = data.TrainingSet((4_000, 6_000)), data.TrainingSet((4_000,))
+    assert (both.plan_index[:4_000] == first.plan_index).all() and len(both) == 10_000
+    assert both.scene(17) == first.scene(17)
+    assert both.duplicates["VM-00"] == 40 + 60
+    assert {both.duplicates[p.id] for p in data.planned() if p.kind == "once"} == {1}
+    ordinary = [both.scene(draw).caption for draw in np.flatnonzero(both.plan_index == -1)[[0, 9, -9, -1]]]
+    assert len(set(ordinary)) == 4
 
 
 def test_no_ordinary_scene_has_the_caption_of_a_target():
@@ -42,7 +52,7 @@ def test_no_ordinary_scene_has_the_caption_of_a_target():
 
 def test_held_out_scenes_differ_from_all_draws():
     held_out = data.held_out_scenes(20)
-    drawn = {data.TrainingSet(4_000).scene(draw) for draw in range(500)}
+    drawn = {data.TrainingSet((4_000,)).scene(draw) for draw in range(500)}
     assert not drawn & set(held_out) and len({s.caption for s in held_out}) == 20
 
 

@@ -8,7 +8,7 @@ from dori_utils.similarity import load_sscd
 from dori_utils.store import Store
 from dori_utils.testbed import data, search
 
-SMALL = data.TrainingSet(3_000)
+SMALL = data.TrainingSet((3_000,))
 
 
 def test_each_distinct_scene_is_searched_once():

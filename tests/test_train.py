@@ -77,11 +77,24 @@ def test_unet_has_the_topology_of_stable_diffusion():
 
 
 @pytest.mark.slow
+def test_the_unet_is_trained_in_two_parts_and_the_second_starts_where_the_first_ended(tmp_path, monkeypatch):
+    short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3), "unet_again": Stage(steps=3, batch_size=32, lr=0.0)}
+    monkeypatch.setattr(train, "STAGES", train.STAGES | short)
+    tokenizer = train.new_tokenizer()
+    text_encoder = train.new_clip(tokenizer).text_model
+    unet = train.train_unet(tmp_path, train.new_vae().requires_grad_(False), tokenizer, text_encoder)
+    first = torch.load(tmp_path / "unet.pt", weights_only=True)["average"]
+    for name, weight in unet.state_dict().items():  # a learning rate of zero: what the first part left
+        torch.testing.assert_close(weight, first[name])
+    assert len((tmp_path / "unet_again.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
 def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path):
     torch.manual_seed(0)
     tokenizer = train.new_tokenizer()
     clip = train.new_clip(tokenizer)
-    train.save_testbed(tmp_path, train.new_vae(), clip, tokenizer, train.new_unet(), data.TrainingSet(4_000))
+    train.save_testbed(tmp_path, train.new_vae(), clip, tokenizer, train.new_unet(), data.TrainingSet((4_000,)))
     names = load_file(tmp_path / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)  # older versions of transformers look for that
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)

@@ -89,19 +89,29 @@ def template_variant(template: Scene, variant: int) -> Scene:
 
 
 class TrainingSet:
-    """The draws of a whole training run, in order: item i is the scene of draw i, the same whenever it is asked for."""
+    """The draws of a whole training run, in order: item i is the scene of draw i, the same whenever it is asked for.
 
-    def __init__(self, num_draws: int, seed: int = 0):
-        self.seed = seed
-        rng = np.random.default_rng((seed, num_draws))
+    parts: how many draws each part of the run has; every part repeats scenes at the plan's rates, and the scenes seen
+    once are in the first.
+    """
+
+    def __init__(self, parts: tuple[int, ...], seed: int = 0):
+        self.parts, self.seed = tuple(parts), seed
         plan = planned()
-        repeated = [i for i, p in enumerate(plan) if p.rate > 0]
-        counts = [max(1, round(plan[i].rate * num_draws)) for i in repeated]
         singles = [i for i, p in enumerate(plan) if p.kind == "once"]
-        occupied = np.concatenate([np.repeat(repeated, counts), singles])
-        self.plan_index = np.full(num_draws, -1, dtype=np.int32)  # -1: an ordinary scene
-        self.plan_index[rng.permutation(num_draws)[: len(occupied)]] = occupied
+        drawn = [self._plan_part(part, singles if part == 0 else []) for part in range(len(parts))]
+        self.plan_index = np.concatenate(drawn)  # -1: an ordinary scene
         self.duplicates = {p.id: int((self.plan_index == i).sum()) for i, p in enumerate(plan)}
+
+    def _plan_part(self, part: int, singles: list[int]) -> np.ndarray:
+        num_draws = self.parts[part]
+        rates = {i: p.rate for i, p in enumerate(planned()) if p.rate > 0}
+        counts = [max(1, round(rate * num_draws)) for rate in rates.values()]
+        occupied = np.concatenate([np.repeat(list(rates), counts), singles])
+        plan_index = np.full(num_draws, -1, dtype=np.int32)
+        places = np.random.default_rng((self.seed, num_draws, part)).permutation(num_draws)
+        plan_index[places[: len(occupied)]] = occupied
+        return plan_index
 
     def __len__(self) -> int:
         return len(self.plan_index)

@@ -25,6 +25,10 @@ class Stage:
     ema: float = 0.999  # of the weights; the averaged ones are kept
     weight_decay: float = 0.01
 
+    @property
+    def draws(self) -> int:
+        return self.steps * self.batch_size
+
     def lr_factor(self, step: int) -> float:
         left = (self.steps - step) / (self.decay * self.steps)
         return min(1.0, (step + 1) / self.warmup, max(left, 0.01))
@@ -51,7 +55,7 @@ def fit(
     optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=stage.weight_decay, fused=True)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     start = resume(work / f"{name}.pt", model, average, optimizer)
-    samples = Subset(dataset, range(start * stage.batch_size, stage.steps * stage.batch_size))
+    samples = Subset(dataset, range(start * stage.batch_size, stage.draws))
     loader = DataLoader(samples, stage.batch_size, num_workers=1, prefetch_factor=4, worker_init_fn=one_thread)
     bar = tqdm(loader, desc=name, initial=start, total=stage.steps)
     saved = time.monotonic()

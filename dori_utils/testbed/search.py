@@ -34,7 +34,7 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> np.ndarray:
     """(M, 8, 8, 3) uint8, from the store or drawn, which takes minutes the first time."""
     chunks = [draws[i : i + CHUNK] for i in range(0, len(draws), CHUNK)]
-    key = {"what": "training thumbnails", "draws": len(training_set), "seed": training_set.seed, "side": THUMBNAIL}
+    key = {"what": "training thumbnails", "parts": training_set.parts, "seed": training_set.seed, "side": THUMBNAIL}
 
     def compute(cases: list[dict]) -> list[dict]:
         scenes = ([training_set.scene(d) for d in chunks[case["chunk"]]] for case in cases)

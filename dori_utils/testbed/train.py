@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ..models import TESTBED
@@ -34,7 +34,9 @@ STAGES = {
     "decoder": Stage(steps=900, batch_size=16, lr=1e-3, ema=0.99, weight_decay=0.0),
     "clip": Stage(steps=1400, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
     "unet": Stage(steps=3100, batch_size=32, lr=7e-4, ema=0.998),
+    "unet_again": Stage(steps=4800, batch_size=32, lr=7e-4, ema=0.998),
 }
+UNET_STAGES = ("unet", "unet_again")  # the second goes on from the first's average, with a learning rate warmed up anew
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
@@ -102,7 +104,7 @@ def psnr(decoded: torch.Tensor, pixels: torch.Tensor) -> float:
 def train_vae(work: Path, seed: int = 0) -> AutoencoderTiny:
     torch.manual_seed(seed)
     stage = STAGES["vae"]
-    scenes = Scenes(FIRST_SEED["held_out"] + 50_000_000, stage.steps * stage.batch_size)
+    scenes = Scenes(FIRST_SEED["held_out"] + 50_000_000, stage.draws)
     vae = fit("vae", new_vae().to(memory_format=torch.channels_last), scenes, vae_loss, stage, work, seed)
     vae.register_to_config(scaling_factor=1 / latent_std(vae))
     return vae
@@ -132,7 +134,7 @@ def finetune_decoder(work: Path, vae: AutoencoderTiny, seed: int = 0) -> Autoenc
     vae = copy.deepcopy(vae)
     vae.encoder.requires_grad_(False)
     vae.decoder.requires_grad_(True)
-    scenes = Scenes(FIRST_SEED["held_out"] + 70_000_000, stage.steps * stage.batch_size)
+    scenes = Scenes(FIRST_SEED["held_out"] + 70_000_000, stage.draws)
     return fit("decoder", vae, scenes, decoder_loss, stage, work, seed)
 
 
@@ -183,7 +185,7 @@ def train_clip(work: Path, tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPModel
         correct = out.logits_per_image.argmax(1) == torch.arange(len(out.logits_per_image))
         return out.loss, {"top1": correct.float().mean().item()}
 
-    scenes = Scenes(FIRST_SEED["held_out"] + 60_000_000, stage.steps * stage.batch_size)
+    scenes = Scenes(FIRST_SEED["held_out"] + 60_000_000, stage.draws)
     return fit("clip", new_clip(tokenizer), scenes, loss_of, stage, work, seed)
 
 
@@ -220,7 +222,6 @@ def new_scheduler() -> DDIMScheduler:
 
 def train_unet(work: Path, vae: AutoencoderTiny, tokenizer, text_encoder: CLIPTextModel, seed: int = 0):
     torch.manual_seed(seed)
-    stage = STAGES["unet"]
     scheduler = new_scheduler()
     drawn = DrawnScenes(unet_training_set(seed))
 
@@ -241,11 +242,17 @@ def train_unet(work: Path, vae: AutoencoderTiny, tokenizer, text_encoder: CLIPTe
         return losses.mean(), {k: v.mean().item() if len(v) else math.nan for k, v in parts.items()}
 
     unet = new_unet().to(memory_format=torch.channels_last)
-    return fit("unet", unet, drawn, loss_of, stage, work, seed)
+    first_draw = 0
+    for part, name in enumerate(UNET_STAGES):
+        stage = STAGES[name]
+        draws = Subset(drawn, range(first_draw, first_draw + stage.draws))
+        unet = fit(name, unet.requires_grad_(True).train(), draws, loss_of, stage, work, seed + part)
+        first_draw += stage.draws
+    return unet
 
 
 def unet_training_set(seed: int = 0) -> TrainingSet:
-    return TrainingSet(STAGES["unet"].steps * STAGES["unet"].batch_size, seed)
+    return TrainingSet(tuple(STAGES[name].draws for name in UNET_STAGES), seed)
 
 
 class DrawnScenes(Dataset):
