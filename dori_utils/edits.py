@@ -1,0 +1,246 @@
+"""Edits: what a mitigation did to a model's weights, as a thing of its own.
+
+NeMo switches neurons off, which is zeroing rows of a weight; Wanda zeroes single weights; fine-tuning and erasure add
+something to them. Each is an `Edit` of the U-Net: masks (True where a weight becomes zero) and deltas (added), by the
+parameter's name, with the method, its settings, the model and the targets that it was made for. Methods return edits,
+`applied` applies them, and the invariant of ROME's code (Meng et al., 2022) holds:
+
+    model at the beginning of `with applied(pipe, edit)` == model at its end, bit by bit, also after an exception.
+
+Weights that someone else pruned or fine-tuned become an edit by subtraction (`Edit.between`), and are looked into like
+ours. How much two edits have in common is `iou`.
+"""
+
+import json
+import uuid
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .models import model_hash
+
+_BASE = weakref.WeakKeyDictionary()  # a U-Net that edits are applied to → the hash of its pipeline without them
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What was done to the weights of a U-Net.
+
+    Args:
+        method: whose work it is, for tables: "NeMo", "Wanda".
+        model: `model_hash` of the pipeline that it was made for; it can be applied to no other.
+        config: the method's settings, JSON values.
+        targets: ids of the targets that it was made for.
+        masks: parameter name → bool tensor that broadcasts to the parameter, True where weights become zero. A mask
+            (rows, 1) of a linear layer switches whole neurons off.
+        deltas: parameter name → what is added, in the shape of the parameter. A mask of the same name comes after it.
+    """
+
+    method: str
+    model: str
+    config: dict = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    deltas: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __repr__(self):
+        shares = list(self.sparsity().values())
+        zeroed = f"{sum(shares) / max(1, len(shares)):.2%} of the weights of {len(shares)} layers zeroed"
+        return f"Edit({self.method}, {len(self.targets)} targets, {zeroed}, {len(self.deltas)} layers added to)"
+
+    def sparsity(self):
+        """Parameter name → share of its weights that become zero."""
+        return {name: mask.float().mean().item() for name, mask in self.masks.items()}
+
+    @classmethod
+    def between(cls, pipe, other_unet, *, method="other weights", targets=()):
+        """The edit that turns the pipeline's U-Net into another one, for example a published mitigation.
+
+        Raises:
+            ValueError: the two differ in architecture, or in nothing.
+        """
+        deltas = {}
+        theirs = dict(other_unet.named_parameters())
+        for name, own in pipe.unet.named_parameters():
+            if name not in theirs or theirs[name].shape != own.shape:
+                shape = f"has the shape {tuple(theirs[name].shape)}" if name in theirs else "is missing"
+                raise ValueError(
+                    f"The other U-Net is of another architecture: its {name} {shape}, here it is {tuple(own.shape)}."
+                )
+            delta = theirs[name].detach().to(own.device).float() - own.detach().float()
+            if delta.any():
+                deltas[name] = delta
+        if not deltas:
+            raise ValueError("The other U-Net has the same weights as the pipeline's: there is nothing to audit.")
+        return cls(method, base_hash(pipe), targets=tuple(targets), deltas=deltas)
+
+    def save(self, path):
+        """Write a safetensors file, masks as single bits. The file is written whole or not at all."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        about = {"method": self.method, "model": self.model, "config": self.config, "targets": list(self.targets)}
+        tensors = {f"mask {name}": _pack(mask) for name, mask in self.masks.items()}
+        tensors |= {f"delta {name}": delta.cpu().contiguous() for name, delta in self.deltas.items()}
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            save_file(tensors, part, metadata={"edit": json.dumps(about | {"shapes": shapes})})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: the file is missing or damaged, or is no edit.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["edit"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except FileNotFoundError:
+            raise
+        except KeyError as error:
+            raise OSError(f"{path} holds weights, but no edit. Edit.between makes one of a whole U-Net.") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise OSError(f"Corrupt edit file {path} ({error}). Delete it and make the edit again.") from error
+        masks = {name: _unpack(tensors[f"mask {name}"], shape) for name, shape in about.pop("shapes").items()}
+        deltas = {key.removeprefix("delta "): value for key, value in tensors.items() if key.startswith("delta ")}
+        return cls(**about | {"targets": tuple(about["targets"])}, masks=masks, deltas=deltas)
+
+
+@contextmanager
+def applied(pipe, edit):
+    """Within `with applied(pipe, edit):` the U-Net has the edited weights; behind it, its own again, bit by bit.
+
+    Edits nest: the inner one comes on top of the outer. `edit` may be None, for "without any".
+
+    Raises:
+        ValueError: the edit was made for another model.
+    """
+    if edit is None:
+        yield pipe
+        return
+    unet, base = pipe.unet, base_hash(pipe)
+    changed = _changed_parameters(unet, edit, base)
+    originals = {name: parameter.detach().clone() for name, parameter in changed.items()}
+    outermost = unet not in _BASE
+    _BASE[unet] = base
+    try:
+        _change(changed, edit)
+        yield pipe
+    finally:
+        with torch.no_grad():
+            for name, parameter in changed.items():
+                parameter.copy_(originals[name])
+        if outermost:
+            del _BASE[unet]
+
+
+def base_hash(pipe):
+    """`model_hash` of the pipeline as it is without the edits that are applied at the moment."""
+    return _BASE.get(pipe.unet) or model_hash(pipe)
+
+
+def union(edits):
+    """One edit that zeroes whatever any of the edits does, for all their targets.
+
+    Raises:
+        ValueError: no edits, edits of different models, or edits with deltas (those have no union: nest `applied`).
+    """
+    edits = list(edits)
+    _check_comparable(edits)
+    masks = {}
+    for edit in edits:
+        for name, mask in edit.masks.items():
+            masks[name] = masks[name] | mask if name in masks else mask
+    methods, configs = [[getattr(edit, what) for edit in edits] for what in ("method", "config")]
+    return Edit(
+        method=" + ".join(dict.fromkeys(methods)),
+        model=edits[0].model,
+        config=configs[0] if all(config == configs[0] for config in configs) else {"union of": configs},
+        targets=tuple(dict.fromkeys(target for edit in edits for target in edit.targets)),
+        masks=masks,
+    )
+
+
+def iou(edit, other):
+    """Intersection over union of the weights that two edits zero. Two empty sets count as 1, as in the paper."""
+    overlap, together = map(sum, zip(*_overlaps(edit, other).values(), strict=True))
+    return overlap / together if together else 1.0
+
+
+def iou_by_layer(edit, other):
+    """Parameter name → intersection over union in that layer alone."""
+    overlaps = _overlaps(edit, other)
+    return {name: overlap / together if together else 1.0 for name, (overlap, together) in overlaps.items()}
+
+
+def _overlaps(edit, other):
+    """Parameter name → sizes of intersection and union; layers that only one edit has count as untouched in the other.
+
+    Where one edit masks whole rows and the other single weights, both are counted in weights.
+    """
+    _check_comparable([edit, other])
+    sizes = {}
+    for name in dict.fromkeys([*edit.masks, *other.masks]):
+        ours, theirs = edit.masks.get(name), other.masks.get(name)
+        if ours is None or theirs is None:
+            sizes[name] = (0, int((theirs if ours is None else ours).sum()))
+        else:
+            sizes[name] = (int((ours & theirs).sum()), int((ours | theirs).sum()))
+    return sizes
+
+
+def _check_comparable(edits):
+    if not edits:
+        raise ValueError("No edits: give at least one.")
+    if len({edit.model for edit in edits}) > 1:
+        raise ValueError(f"Edits of different models: {', '.join(sorted({edit.model for edit in edits}))}.")
+    for edit in edits:
+        if edit.deltas:
+            raise ValueError(
+                f"The edit by {edit.method} changes weights by adding to them, which has no union or overlap; "
+                "to combine such edits, nest applied(...)."
+            )
+
+
+def _changed_parameters(unet, edit, base):
+    if edit.model != base:
+        raise ValueError(
+            f"This edit by {edit.method} was made for a model with the hash {edit.model}, this one's is {base}: other "
+            "weights, or the same ones in another dtype. Load the model that it was made for, or make the edit again."
+        )
+    parameters = dict(unet.named_parameters())
+    names = dict.fromkeys([*edit.deltas, *edit.masks])
+    for name in names:
+        if name not in parameters:
+            raise ValueError(f"This edit by {edit.method} changes {name}, which the U-Net does not have.")
+    return {name: parameters[name] for name in names}
+
+
+@torch.no_grad()
+def _change(parameters, edit):
+    for name, delta in edit.deltas.items():
+        parameter = parameters[name]
+        parameter.copy_(parameter.float() + delta.to(parameter.device).float())  # in float32: small deltas survive
+    for name, mask in edit.masks.items():
+        parameters[name].masked_fill_(mask.to(parameters[name].device), 0)
+
+
+def _pack(mask):
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+
+
+def _unpack(bits, shape):
+    size = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).astype(bool)).reshape(shape)

@@ -1,0 +1,152 @@
+"""Edits change a model while they are applied, leave nothing behind, and can be kept, compared and refused."""
+
+import copy
+
+import pytest
+import torch
+
+from dori_utils.edits import Edit, applied, base_hash, iou, iou_by_layer, union
+from dori_utils.models import model_hash
+
+ROWS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+WEIGHTS = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
+
+
+def parameter(pipe, name):
+    return pipe.unet.get_parameter(name)
+
+
+def rows_off(pipe, *rows, **kwargs):
+    mask = torch.zeros(len(parameter(pipe, ROWS)), 1, dtype=torch.bool)
+    mask[list(rows)] = True
+    return Edit("NeMo", base_hash(pipe), masks={ROWS: mask}, **kwargs)
+
+
+def test_masked_rows_are_zero_within_and_back_to_the_bit_behind(pipe):
+    before = copy.deepcopy(pipe.unet.state_dict())
+    with applied(pipe, rows_off(pipe, 0, 3)):
+        weight = parameter(pipe, ROWS)
+        assert not weight[[0, 3]].any() and torch.equal(weight[1], before[ROWS][1])
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_the_model_is_restored_after_an_exception(sd1):
+    before = model_hash(sd1)
+    with pytest.raises(RuntimeError, match="within"), applied(sd1, rows_off(sd1, 1)):
+        raise RuntimeError("within")
+    assert model_hash(sd1) == before == base_hash(sd1)
+
+
+def test_edits_nest_and_each_takes_back_only_its_own(sd1):
+    delta = torch.ones_like(parameter(sd1, ROWS))
+    added = Edit("fine-tuning", base_hash(sd1), deltas={ROWS: delta})
+    original = parameter(sd1, ROWS).clone()
+    with applied(sd1, added):
+        edited = model_hash(sd1)
+        assert edited != base_hash(sd1)
+        with applied(sd1, rows_off(sd1, 2)):  # made for the model without the outer edit
+            assert not parameter(sd1, ROWS)[2].any()
+            torch.testing.assert_close(parameter(sd1, ROWS)[3], original[3] + 1)
+        assert model_hash(sd1) == edited
+    assert torch.equal(parameter(sd1, ROWS), original)
+
+
+def test_a_mask_comes_after_a_delta_in_one_edit(sd1):
+    weight = parameter(sd1, ROWS)
+    both = Edit("both", base_hash(sd1), masks=rows_off(sd1, 0).masks, deltas={ROWS: torch.ones_like(weight)})
+    with applied(sd1, both):
+        assert not weight[0].any() and (weight[1:] != 0).all()
+
+
+def test_no_edit_is_no_change(sd1):
+    before = model_hash(sd1)
+    with applied(sd1, None):
+        assert model_hash(sd1) == before
+
+
+def test_an_edit_for_another_model_is_refused_and_changes_nothing(sd1, sd2):
+    before = model_hash(sd2)
+    with pytest.raises(ValueError, match="made for a model with the hash"), applied(sd2, rows_off(sd1, 0)):
+        pass
+    assert model_hash(sd2) == before
+    unknown = Edit("hand-made", base_hash(sd1), masks={"no.such.weight": torch.ones(1, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="no.such.weight"), applied(sd1, unknown):
+        pass
+
+
+def test_weights_of_someone_else_become_an_edit(sd1):
+    other = copy.deepcopy(sd1.unet)
+    with torch.no_grad():
+        other.get_parameter(ROWS)[1] = 0
+        other.conv_in.bias += 0.25
+    edit = Edit.between(sd1, other, method="theirs")
+    assert set(edit.deltas) == {ROWS, "conv_in.bias"}
+    with applied(sd1, edit):
+        assert not parameter(sd1, ROWS)[1].any()
+        torch.testing.assert_close(sd1.unet.conv_in.bias, other.conv_in.bias)
+    with pytest.raises(ValueError, match="same weights"):
+        Edit.between(sd1, sd1.unet)
+
+
+def test_a_unet_of_another_architecture_is_named(sd1, sd2):
+    with pytest.raises(ValueError, match="another architecture: its .* shape"):
+        Edit.between(sd1, sd2.unet)  # linear projections have weights of another shape
+
+
+def test_an_edit_survives_the_disk(sd1, tmp_path):
+    mask = torch.rand_like(parameter(sd1, WEIGHTS)) < 0.1
+    edit = rows_off(sd1, 0, 5, config={"tau": 0.4, "seeds": [0, 1]}, targets=("VM-00", "VM-01"))
+    edit.masks[WEIGHTS] = mask
+    edit.deltas["conv_in.bias"] = torch.randn(8)
+    edit.save(tmp_path / "edit.safetensors")
+    loaded = Edit.load(tmp_path / "edit.safetensors")
+    for what in ("method", "model", "config", "targets"):
+        assert getattr(loaded, what) == getattr(edit, what)
+    for kind in ("masks", "deltas"):
+        ours, theirs = getattr(edit, kind), getattr(loaded, kind)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [file.name for file in tmp_path.iterdir()] == ["edit.safetensors"]
+
+
+def test_a_damaged_file_and_one_that_is_no_edit_are_named(sd1, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "edit.safetensors"
+    rows_off(sd1, 0).save(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(OSError, match="Corrupt edit file .*edit.safetensors"):
+        Edit.load(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(OSError, match="no edit"):
+        Edit.load(path)
+    with pytest.raises(FileNotFoundError):
+        Edit.load(tmp_path / "nothing.safetensors")
+
+
+def test_iou_counts_common_weights_and_two_empty_sets_are_one(sd1):
+    a, b = rows_off(sd1, 0, 1, 2), rows_off(sd1, 2, 3)
+    assert iou(a, b) == 1 / 4 and iou(a, a) == 1
+    assert iou(rows_off(sd1), rows_off(sd1)) == 1 and iou(rows_off(sd1), a) == 0
+    a.masks[WEIGHTS] = torch.zeros_like(parameter(sd1, WEIGHTS), dtype=torch.bool)
+    assert iou_by_layer(a, b) == {ROWS: 1 / 4, WEIGHTS: 1}
+    single = Edit("Wanda", a.model, masks={ROWS: torch.zeros(parameter(sd1, ROWS).shape, dtype=torch.bool)})
+    single.masks[ROWS][0, :4] = True
+    assert iou(single, rows_off(sd1, 0)) == 4 / parameter(sd1, ROWS).shape[1]
+
+
+def test_union_zeroes_what_any_zeroes_for_all_targets(sd1):
+    a, b = rows_off(sd1, 0, targets=("a",), config={"k": 1}), rows_off(sd1, 3, targets=("b", "a"), config={"k": 1})
+    both = union([a, b])
+    assert both.masks[ROWS].flatten().nonzero().flatten().tolist() == [0, 3]
+    assert (both.targets, both.config, both.method) == (("a", "b"), {"k": 1}, "NeMo")
+    assert both.sparsity()[ROWS] == 2 / len(parameter(sd1, ROWS))
+
+
+def test_deltas_and_other_models_have_no_union(sd1, sd2):
+    delta = Edit("fine-tuning", base_hash(sd1), deltas={ROWS: torch.zeros_like(parameter(sd1, ROWS))})
+    with pytest.raises(ValueError, match="nest"):
+        union([rows_off(sd1, 0), delta])
+    with pytest.raises(ValueError, match="different models"):
+        iou(rows_off(sd1, 0), rows_off(sd2, 0))
+    with pytest.raises(ValueError, match="No edits"):
+        union([])
