@@ -47,6 +47,10 @@ class Edit:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     deltas: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def __post_init__(self):
+        object.__setattr__(self, "config", json.loads(json.dumps(self.config)))  # as it comes back from disk
+        object.__setattr__(self, "targets", tuple(self.targets))
+
     def __repr__(self):
         shares = list(self.sparsity().values())
         zeroed = f"{sum(shares) / max(1, len(shares)):.2%} of the weights of {len(shares)} layers zeroed"
@@ -76,7 +80,7 @@ class Edit:
                 deltas[name] = delta
         if not deltas:
             raise ValueError("The other U-Net has the same weights as the pipeline's: there is nothing to audit.")
-        return cls(method, base_hash(pipe), targets=tuple(targets), deltas=deltas)
+        return cls(method, base_hash(pipe), targets=targets, deltas=deltas)
 
     def save(self, path):
         """Write a safetensors file, masks as single bits. The file is written whole or not at all."""
@@ -115,7 +119,7 @@ class Edit:
             raise OSError(f"Corrupt edit file {path} ({error}). Delete it and make the edit again.") from error
         masks = {name: _unpack(tensors[f"mask {name}"], shape) for name, shape in about.pop("shapes").items()}
         deltas = {key.removeprefix("delta "): value for key, value in tensors.items() if key.startswith("delta ")}
-        return cls(**about | {"targets": tuple(about["targets"])}, masks=masks, deltas=deltas)
+        return cls(**about, masks=masks, deltas=deltas)
 
 
 @contextmanager

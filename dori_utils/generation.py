@@ -115,6 +115,7 @@ def denoise(
     guidance_scale=7.5,
     generators=None,
     on_step=None,
+    stop_after=None,
 ):
     """Run the reverse process on one batch.
 
@@ -123,9 +124,10 @@ def denoise(
         prompt_embeds: (N, T, D), one for each case.
         generators: one for each case, for samplers that add noise (DDPM, Euler ancestral); DDIM and PNDM add none.
         on_step: called without arguments after every evaluation of the U-Net.
+        stop_after: evaluations of the U-Net after which to stop half-way; default: go to the end.
 
     Returns:
-        Latents (N, C, H, W) of clean images, for `decode`.
+        Latents (N, C, H, W) of clean images, for `decode`, or of noisy ones with `stop_after`.
 
     Source: Ho and Salimans (2022) for guidance, in the order that diffusers has: unconditional half first.
     """
@@ -136,7 +138,7 @@ def denoise(
         uncond = encode_prompts(pipe, [""]).expand_as(prompt_embeds)
         prompt_embeds = torch.cat([uncond, prompt_embeds])  # (2N, T, D)
     latents = latents * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[:stop_after]:
         model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
         output = pipe.unet(model_input, t, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
         if guided:

@@ -1,0 +1,189 @@
+"""Wanda for memorization: zero the weights that a memorized prompt uses much, and more than the empty prompt does.
+
+Wanda (Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024) scores a weight by
+its size times the norm of what it is multiplied with. Chavhan et al. ("Memorized Images in Diffusion Models share a
+Subspace that can be Located and Deleted", 2024) turn that round and prune the *highest* scores, in the second linear
+layer of every feed-forward block of the U-Net (`ff.net.2`), at each of the first denoising steps:
+
+    score_ij = |W_ij| * ||X_j||_2        X: the layer's inputs, each token's row first scaled to unit length
+
+    pruned at a step: the top share (sparsity) of each output row of the score under the memorized prompt,
+                      where that score is also above the same weight's under the empty prompt
+    pruned in all:    the union over the first steps
+
+The norms of a prompt (`activation_norms`) hold everything that the model has to be run for; masks for any sparsity
+follow from them without it.
+
+Shapes: N prompts, S seeds, K steps; a layer's weight W (rows, columns), its input X (B, T, columns).
+"""
+
+import re
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from tqdm.auto import tqdm
+
+from .edits import Edit, base_hash
+from .generation import denoise, encode_prompts, initial_latents
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; those of the paper are the default."""
+
+    sparsity: float = 0.01  # of each row, at each step; the paper's stress test has 0.1
+    steps: int = 10  # first denoising steps, over which masks are united
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5  # on the way from step to step, as in generation; norms are of the half with the prompt
+    seeds: tuple[int, ...] = (0,)  # not published; norms are over all of them
+    layers: str = r"\.ff\.net\.2$"  # names of the layers, a regular expression
+
+    def __post_init__(self):
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity is {self.sparsity}: it is a share, between 0 and 1.")
+        if not 1 <= self.steps <= self.num_inference_steps:
+            raise ValueError(f"steps is {self.steps}: it must be between 1 and {self.num_inference_steps}.")
+
+
+def localize(pipe, targets, config=None, **kwargs):
+    """One edit for a set of targets together: norms over the prompts of all of them. See `localize_each`."""
+    config = config or Config()
+    norms = activation_norms(pipe, [target.prompt for target in targets], config, **kwargs)
+    together = {name: layer.mean(dim=0) for name, layer in norms.items()}  # (N, K, columns) → (K, columns)
+    empty = activation_norms(pipe, [""], config, progress=False)
+    return _edit(pipe, together, {name: layer[0] for name, layer in empty.items()}, targets, config)
+
+
+def localize_each(pipe, targets, config=None, **kwargs):
+    """One edit for each target alone.
+
+    Args:
+        pipe: a `StableDiffusionPipeline`, without an edit applied to it.
+        targets: N `Target`s; only their prompts are used.
+        config: a `Config`.
+        kwargs: batch_size, progress, callback of `activation_norms`.
+
+    Returns:
+        List of N edits.
+    """
+    config = config or Config()
+    norms = activation_norms(pipe, [target.prompt for target in targets], config, **kwargs)
+    empty = activation_norms(pipe, [""], config, progress=False)
+    empty = {name: layer[0] for name, layer in empty.items()}
+    return [
+        _edit(pipe, {name: layer[i] for name, layer in norms.items()}, empty, [target], config)
+        for i, target in enumerate(targets)
+    ]
+
+
+def localized_layers(unet, pattern=Config.layers):
+    """Name → layer of every linear layer whose name fits the pattern.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {
+        name: m for name, m in unet.named_modules() if re.search(pattern, name) and isinstance(m, torch.nn.Linear)
+    }
+    if not layers:
+        raise ValueError(f"No linear layer of this {type(unet).__name__} has a name that fits {pattern!r}.")
+    return layers
+
+
+@torch.no_grad()
+def activation_norms(pipe, prompts, config=None, *, batch_size=16, progress=True, callback=None):
+    """Mean squares of every input of every layer, at each of the first denoising steps.
+
+    A mean over tokens and seeds, not a sum: for one prompt both pick the same weights, but only means of several
+    prompts can be compared with the empty one's.
+
+    Args:
+        prompts: N texts.
+        batch_size: cases (prompt and seed) in one batch; under guidance the U-Net sees two rows for each.
+        callback: called with {"prompts": done, "of": N} after each batch.
+
+    Returns:
+        Layer name → (N, K, columns) float32: ||X_j||_2^2 / number of tokens.
+    """
+    config = config or Config()
+    embeds, noise = encode_prompts(pipe, prompts), initial_latents(pipe, config.seeds)
+    rows, columns = torch.cartesian_prod(torch.arange(len(embeds)), torch.arange(len(noise))).T
+    layers = localized_layers(pipe.unet, config.layers)
+    collected = {name: [] for name in layers}
+    with tqdm(total=len(rows) * config.steps, desc="Wanda", disable=not progress) as bar:
+        for row, column in zip(rows.split(batch_size), columns.split(batch_size), strict=True):
+            with _recorded(layers, len(row)) as records:
+                denoise(
+                    pipe,
+                    noise[column],
+                    embeds[row],
+                    num_inference_steps=config.num_inference_steps,
+                    guidance_scale=config.guidance_scale,
+                    on_step=partial(bar.update, len(row)),
+                    stop_after=config.steps,
+                )
+            for name, steps in records.items():
+                collected[name].append(torch.stack(steps, dim=1))  # (B, K, columns)
+            if callback is not None:
+                callback({"prompts": int(row[-1]) + 1, "of": len(embeds)})
+    seeds = len(noise)
+    return {name: torch.cat(parts).unflatten(0, (-1, seeds)).mean(dim=1) for name, parts in collected.items()}
+
+
+def pruning_mask(weight, norms, empty, sparsity):
+    """The weights that a layer loses: the definition above.
+
+    Args:
+        weight: (rows, columns).
+        norms: (K, columns), mean squares of the inputs under the prompt at each step.
+        empty: (K, columns), the same under the empty prompt.
+        sparsity: share of each row, at each step.
+
+    Returns:
+        (rows, columns) bool.
+    """
+    mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    kept = round(sparsity * weight.shape[1])
+    if kept == 0:
+        return mask
+    for norm, norm_empty in zip(norms.to(weight.device), empty.to(weight.device), strict=True):
+        score = weight.abs().float() * norm.sqrt()
+        score_empty = weight.abs().float() * norm_empty.sqrt()
+        top = torch.zeros_like(mask).scatter_(1, score.topk(kept, dim=1).indices, True)
+        mask |= top & (score > score_empty)
+    return mask
+
+
+def _edit(pipe, norms, empty, targets, config):
+    layers = localized_layers(pipe.unet, config.layers)
+    masks = {
+        f"{name}.weight": pruning_mask(layer.weight, norms[name], empty[name], config.sparsity).cpu()
+        for name, layer in layers.items()
+    }
+    return Edit("Wanda", base_hash(pipe), asdict(config), [target.id for target in targets], masks)
+
+
+@contextmanager
+def _recorded(layers, count):
+    """Within it every evaluation of the U-Net adds (count, columns) mean squares to each layer's list.
+
+    The last `count` rows of a batch are the cases; under guidance the unconditional half stands before them.
+    """
+    records = {name: [] for name in layers}
+
+    def hook(name):
+        def record(layer, args):
+            squares = args[0][-count:].float().square()  # (B, T, columns)
+            unit = 1 / squares.sum(dim=2).clamp_min(1e-12)  # (B, T): scales each token's row to unit length
+            records[name].append(torch.einsum("btc,bt->bc", squares, unit).cpu() / squares.shape[1])
+
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,132 @@
+"""Wanda picks the weights that its formula says, on real U-Nets, for one target and for a set."""
+
+import numpy as np
+import pytest
+import torch
+
+from dori_utils import wanda
+from dori_utils.edits import applied
+from dori_utils.generation import denoise, encode_prompts, initial_latents
+from dori_utils.models import load_pipeline, model_hash
+from dori_utils.targets import Target
+
+CONFIG = wanda.Config(sparsity=0.1, steps=3, num_inference_steps=6, guidance_scale=3.0, seeds=(0, 1))
+
+
+def targets(*prompts):
+    return [Target(f"t{i}", prompt, None, "VM", None) for i, prompt in enumerate(prompts)]
+
+
+def inputs_of(pipe, prompt, name, config):
+    """Raw inputs of a layer under the prompt: one list of (T, columns) arrays, over seeds, for each step."""
+    layer, steps = pipe.unet.get_submodule(name), []
+    handle = layer.register_forward_hook(lambda layer, args, output: steps.append(args[0][len(args[0]) // 2 :].numpy()))
+    embeds = encode_prompts(pipe, [prompt] * len(config.seeds))
+    noise = initial_latents(pipe, config.seeds)
+    denoise(pipe, noise, embeds, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
+    handle.remove()
+    return steps[: config.steps]
+
+
+def slow_mask(pipe, prompts, name, config):
+    """The definition, read out word by word."""
+    weight = pipe.unet.get_submodule(name).weight.detach().numpy()
+    empty_steps = inputs_of(pipe, "", name, config)
+    prompt_steps = [inputs_of(pipe, prompt, name, config) for prompt in prompts]
+    mask = np.zeros(weight.shape, dtype=bool)
+    for step in range(config.steps):
+        scores = []
+        for inputs in (np.concatenate([steps[step] for steps in prompt_steps]), empty_steps[step]):
+            rows = inputs.reshape(-1, weight.shape[1])
+            rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            norms = np.linalg.norm(rows, axis=0) / len(rows) ** 0.5
+            scores.append(np.abs(weight) * norms)
+        for i, (score, score_empty) in enumerate(zip(*scores, strict=True)):
+            top = np.argsort(score)[-round(config.sparsity * len(score)) :]
+            mask[i, [j for j in top if score[j] > score_empty[j]]] = True
+    return mask
+
+
+def test_a_hand_made_layer_loses_what_the_formula_says():
+    weight = torch.tensor([[1.1, -2.0, 3.0, 0.5], [4.0, 1.0, -1.0, 2.0]])
+    norms = torch.tensor([[16.0, 4.0, 1.0, 0.0], [0.0, 0.0, 1.0, 25.0]])  # two steps; roots 4 2 1 0 and 0 0 1 5
+    empty = torch.tensor([[1.0, 9.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    # Step 1, scores [4.4 4 3 0] and [16 2 1 0]: top halves {0, 1} and {0, 1}, but column 1 has more under "".
+    # Step 2, scores [0 0 3 2.5] and [0 0 1 10]: top halves {2, 3} and {2, 3}.
+    expected = torch.tensor([[True, False, True, True], [True, False, True, True]])
+    assert torch.equal(wanda.pruning_mask(weight, norms, empty, sparsity=0.5), expected)
+    assert not wanda.pruning_mask(weight, norms, empty, sparsity=0).any()
+    assert torch.equal(wanda.pruning_mask(weight, norms[:1], empty[:1], sparsity=0.25).sum(1), torch.tensor([1, 1]))
+
+
+def test_layers_are_the_sixteen_of_stable_diffusion(pipe):
+    assert len(wanda.localized_layers(pipe.unet)) == 16
+
+
+def test_the_mask_is_that_of_the_definition(pipe):
+    name = "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
+    (edit,) = wanda.localize_each(pipe, targets("a cat on a red car"), CONFIG, batch_size=1)
+    expected = slow_mask(pipe, ["a cat on a red car"], name, CONFIG)
+    assert (edit.masks[f"{name}.weight"].numpy() == expected).mean() > 0.999  # ties in the last bit
+    assert 0 < edit.sparsity()[f"{name}.weight"] <= 0.3  # at most a tenth a step
+    assert (edit.method, edit.targets, edit.model) == ("Wanda", ("t0",), model_hash(pipe))
+
+
+def test_a_set_is_pruned_for_all_its_prompts_together(sd1):
+    name = "down_blocks.0.attentions.1.transformer_blocks.0.ff.net.2"
+    prompts = ["a cat", "a dog and grapes", "the violin"]
+    edit = wanda.localize(sd1, targets(*prompts), CONFIG)
+    assert (edit.masks[f"{name}.weight"].numpy() == slow_mask(sd1, prompts, name, CONFIG)).mean() > 0.999
+    assert edit.targets == ("t0", "t1", "t2")
+
+
+def test_a_target_does_not_depend_on_its_neighbours(sd1):
+    alone = wanda.localize_each(sd1, targets("a dog"), CONFIG)[0]
+    among = wanda.localize_each(sd1, targets("a cat", "a dog", "grapes"), CONFIG, batch_size=4)[1]
+    same = [(alone.masks[name] == mask).float().mean().item() for name, mask in among.masks.items()]
+    assert min(same) > 0.999
+
+
+def test_the_empty_prompt_loses_nothing(sd1):
+    (edit,) = wanda.localize_each(sd1, targets(""), CONFIG)
+    assert sum(edit.sparsity().values()) == 0
+
+
+def test_more_sparsity_prunes_more_and_the_output_changes(sd1):
+    embeds, noise = encode_prompts(sd1, ["a cat"]), initial_latents(sd1, [0])
+    norms = wanda.activation_norms(sd1, ["a cat"], CONFIG)
+    assert {layer.shape[:2] for layer in norms.values()} == {(1, 3)}
+    plain = denoise(sd1, noise, embeds, num_inference_steps=2)
+    sizes = []
+    for sparsity in (0.02, 0.1, 0.5):
+        (edit,) = wanda.localize_each(sd1, targets("a cat"), wanda.Config(sparsity, 3, 6, 3.0, (0, 1)))
+        sizes.append(sum(edit.sparsity().values()))
+        with applied(sd1, edit):
+            assert not torch.equal(denoise(sd1, noise, embeds, num_inference_steps=2), plain)
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
+
+
+def test_progress_reaches_the_callback_and_no_hook_stays(sd1):
+    seen = []
+    wanda.activation_norms(sd1, ["a cat", "a dog"], CONFIG, batch_size=2, progress=False, callback=seen.append)
+    assert seen == [{"prompts": 1, "of": 2}, {"prompts": 2, "of": 2}]
+    assert not any(layer._forward_pre_hooks for layer in wanda.localized_layers(sd1.unet).values())
+
+
+def test_bad_settings_are_refused(sd1):
+    with pytest.raises(ValueError, match="sparsity is 3"):
+        wanda.Config(sparsity=3)
+    with pytest.raises(ValueError, match="steps is 60"):
+        wanda.Config(steps=60)
+    with pytest.raises(ValueError, match="No linear layer"):
+        wanda.localized_layers(sd1.unet, r"\.no\.such$")
+
+
+@pytest.mark.slow
+def test_the_testbed_has_the_sixteen_layers_and_is_left_as_it_was():
+    pipe = load_pipeline("testbed", device="cpu")
+    before = model_hash(pipe)
+    config = wanda.Config(sparsity=0.05, steps=2, num_inference_steps=25, guidance_scale=3.0)
+    edit = wanda.localize(pipe, targets("an owl and a drum on a plain background"), config)
+    assert len(edit.masks) == 16 and 0 < max(edit.sparsity().values()) <= 0.1
+    assert model_hash(pipe) == before
