@@ -52,7 +52,7 @@ def noise_magnitude(
     Raises:
         FloatingPointError: NaN or infinity in a score; also from `first_step_similarity`.
     """
-    scheduler = _ddim(pipe, num_inference_steps)
+    scheduler = ddim(pipe, num_inference_steps)
     if not 1 <= steps <= len(scheduler.timesteps):
         raise ValueError(f"steps is {steps}: it must be between 1 and {len(scheduler.timesteps)}.")
     uncond = encode_prompts(pipe, [""])  # (1, T, D)
@@ -74,7 +74,15 @@ def noise_magnitude(
 
 @torch.no_grad()
 def first_step_similarity(
-    pipe, prompts, *, seeds=range(10), pairwise="ssim", num_inference_steps=50, batch_size=16, progress=True
+    pipe,
+    prompts,
+    *,
+    seeds=range(10),
+    pairwise="ssim",
+    num_inference_steps=50,
+    second_timestep=False,
+    batch_size=16,
+    progress=True,
 ):
     """Highest pairwise similarity, among seeds, of what the first step does to the initial noise.
 
@@ -85,12 +93,13 @@ def first_step_similarity(
         seeds: S >= 2 initial noises, the same for all prompts.
         pairwise: how two seeds are compared, see `pairwise_similarity`; NeMo's own is "ms_ssim".
         num_inference_steps: its first timestep is where the U-Net is evaluated.
+        second_timestep: take the second timestep instead, still on the initial noise, as NeMo's code does.
         batch_size: cases (prompt and seed) in one batch; no guidance, so the U-Net sees one row for each.
 
     Returns:
         (N,) float32.
     """
-    t = _ddim(pipe, num_inference_steps).timesteps[0]
+    t = ddim(pipe, num_inference_steps).timesteps[int(second_timestep)]
     batches = _batches(pipe, prompts, seeds, batch_size, "first-step similarity", progress)
     maps = torch.cat([first_step_change(pipe, embeds, latents, t) for embeds, latents in batches])
     maps = maps.unflatten(0, (-1, len(seeds)))  # (N * S, C, H, W) → (N, S, C, H, W)
@@ -237,7 +246,7 @@ def _batches(pipe, prompts, seeds, batch_size, desc, progress):
             bar.update(len(row))
 
 
-def _ddim(pipe, num_inference_steps):
+def ddim(pipe, num_inference_steps):
     """DDIM on the pipeline's noise schedule. Latents are not in [-1, 1], so the old default to clip them is off."""
     from diffusers import DDIMScheduler
 

@@ -1,0 +1,378 @@
+"""NeMo: find the neurons that make a prompt replicate, and switch them off.
+
+Hintersdorf et al., "Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models" (NeurIPS 2024),
+and the authors' code. A neuron is one output of a value layer of cross-attention (`attn2.to_v`) in the down and middle
+blocks of the U-Net; blocking it sets that output to zero, which is zeroing one row of a weight.
+
+* What a neuron does for a prompt, its activation, is the mean over tokens of |to_v(text embedding)|: no U-Net needed.
+* Memorization score of a set of blocked neurons: how similar the first denoising step's change of the noise
+  (`detection.first_step_change`) is with and without blocking, the largest over seeds. Low: the memory is gone. Only
+  those seeds count whose change is, without blocking, more similar than tau to another seed's; if there is none, the
+  prompt is not memorized and nothing is blocked.
+* Initial selection: block neurons whose activation lies more than theta standard deviations from its mean over ordinary
+  prompts, and the k strongest of each layer; lower theta and raise k round by round until the score is below tau.
+* Refinement: unblock whole layers, from the last to the first, then single neurons, as long as the score stays below.
+
+tau is the mean plus one standard deviation of first-step similarity over ordinary prompts (`collect_statistics`).
+
+The decisions are those of trying one set after the other, but sets do not go through the U-Net one by one. All targets
+search at once; each asks for several sets ahead, guessing that its next decisions will be like its last; and as one
+seed above tau decides against a set, the seed that was highest last time is tried before the others. Each set of a
+batch blocks its own neurons, by a hook (`blocked`).
+
+Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers, one after the other.
+"""
+
+import re
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .detection import PAIRWISE, ddim, first_step_change, first_step_similarity, pairwise_similarity
+from .edits import Edit, base_hash, union
+from .generation import encode_prompts, initial_latents
+
+MOST_AHEAD = 16  # sets that a target asks for at once
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; those of the paper are the default."""
+
+    seeds: tuple[int, ...] = tuple(range(10))
+    first_theta: float = 5.0
+    theta_step: float = 0.25  # down each round, while k goes up by one
+    min_theta: float = (
+        1.0  # here selection gives up (in the authors' code without trying it), and tau becomes its score
+    )
+    similarity: str = "ms_ssim"  # of two changes of the noise, see `detection.pairwise_similarity`
+    num_inference_steps: int = 50  # of the schedule whose first timestep is used
+    second_timestep: bool = False  # the authors' code evaluates the initial noise at the second timestep
+    layers: str = r"^(down_blocks|mid_block)\..*attn2\.to_v$"  # names of the layers, a regular expression
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Activations over ordinary prompts, by layer, and the threshold tau that follows from ordinary prompts too.
+
+    model: `model_hash` of the pipeline; None if unknown.
+    """
+
+    mean: dict[str, torch.Tensor]
+    std: dict[str, torch.Tensor]
+    tau: float
+    model: str | None = None
+
+    def save(self, path):
+        from safetensors.torch import save_file
+
+        tensors = {f"mean {name}": value for name, value in self.mean.items()}
+        tensors |= {f"std {name}": value for name, value in self.std.items()}
+        save_file(tensors, path, metadata={"tau": repr(self.tau), "model": self.model or ""})
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise OSError(
+                f"Corrupt statistics file {path} ({error}). Make it again: nemo.collect_statistics."
+            ) from error
+        kinds = [{k.split(" ")[1]: v for k, v in tensors.items() if k.startswith(kind)} for kind in ("mean ", "std ")]
+        return cls(*kinds, tau=float(about["tau"]), model=about["model"] or None)
+
+
+def published_statistics(path, unet, tau=0.428):
+    """The authors' statistics of SD 1.4 over 50,000 LAION prompts, a `.pt` file; tau is theirs as well.
+
+    Only tensors are read from the file (`weights_only`), so it cannot run code.
+    """
+    mean, std = torch.load(Path(path), weights_only=True)
+    layers = value_layers(unet)
+    sizes, theirs = [layer.out_features for layer in layers.values()], [len(m) for m in mean]
+    if sizes != theirs:
+        raise ValueError(f"These statistics are of value layers with {theirs} neurons; this model's have {sizes}.")
+    return Statistics(dict(zip(layers, mean, strict=True)), dict(zip(layers, std, strict=True)), tau)
+
+
+def value_layers(unet, pattern=Config.layers):
+    """Name → value layer, in the order of the forward pass.
+
+    Raises:
+        ValueError: no layer has a name that fits the pattern.
+    """
+    order = ["down_blocks", "mid_block", "up_blocks"]  # the U-Net lists its middle block last
+    names = [name for name, _ in unet.named_modules() if re.search(pattern, name)]
+    if not names:
+        raise ValueError(f"No layer of this {type(unet).__name__} has a name that fits {pattern!r}.")
+    return {name: unet.get_submodule(name) for name in sorted(names, key=lambda name: order.index(name.split(".")[0]))}
+
+
+@torch.no_grad()
+def activations(pipe, prompt_embeds, pattern=Config.layers):
+    """Layer name → (N, its neurons) float32: mean over tokens of |to_v(embedding)|, for embeddings (N, T, D)."""
+    return {
+        name: layer(prompt_embeds).float().abs().mean(dim=1)  # (N, T, neurons) → (N, neurons)
+        for name, layer in value_layers(pipe.unet, pattern).items()
+    }
+
+
+def collect_statistics(pipe, prompts, config=None, *, tau_prompts=500, batch_size=64, progress=True):
+    """Statistics over ordinary prompts; tau over the first `tau_prompts` of them, as it needs the U-Net.
+
+    Every value layer of the U-Net is in it, so that `Config.layers` can choose among them.
+    """
+    config = config or Config()
+    parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    bar = tqdm(parts, desc="activations of ordinary prompts", disable=not progress)
+    collected = [activations(pipe, encode_prompts(pipe, part), r"attn2\.to_v$") for part in bar]
+    values = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}  # (prompts, neurons)
+    similarity = first_step_similarity(
+        pipe,
+        prompts[:tau_prompts],
+        seeds=config.seeds,
+        pairwise=config.similarity,
+        num_inference_steps=config.num_inference_steps,
+        second_timestep=config.second_timestep,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return Statistics(
+        mean={name: value.mean(dim=0).cpu() for name, value in values.items()},
+        std={name: value.std(dim=0).cpu() for name, value in values.items()},
+        tau=float(similarity.mean() + similarity.std(ddof=1)),
+        model=base_hash(pipe),
+    )
+
+
+def localize(pipe, targets, statistics, config=None, **kwargs):
+    """One edit for a set of targets: all neurons that any of them needs blocked. See `localize_each`."""
+    return union(localize_each(pipe, targets, statistics, config, **kwargs))
+
+
+@torch.no_grad()
+def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, progress=True, callback=None):
+    """One edit for each target: the neurons that must be blocked so that its prompt no longer replicates.
+
+    Args:
+        pipe: a `StableDiffusionPipeline`, without an edit applied to it.
+        targets: N `Target`s; only their prompts are used.
+        statistics: `Statistics` of this model.
+        config: a `Config`.
+        batch_size: rows (a set of neurons and a seed) in one batch of the U-Net.
+        callback: called with {"target", "stage", "blocked", "score", "threshold"} for every decision. blocked is how
+            many neurons the set has; the score is over the seeds tried, which are all where it is below the threshold.
+
+    Returns:
+        List of N edits; a prompt that is not memorized has one without any neuron.
+
+    Raises:
+        ValueError: statistics of another model, or without this model's layers.
+        FloatingPointError: a score is not a number.
+    """
+    config = config or Config()
+    layers = value_layers(pipe.unet, config.layers)
+    _check_statistics(pipe, layers, statistics)
+    judge = _Judge(pipe, [target.prompt for target in targets], layers, statistics.tau, config, batch_size)
+    searches = {}
+    for i, target in enumerate(targets):
+        if judge.counted[i]:
+            report = partial(_report, callback, target.id)
+            rounds = _rounds(pipe, target.prompt, layers, statistics, config)
+            searches[i] = _search(rounds, layers, statistics.tau, report)
+    none = torch.zeros(sum(layer.out_features for layer in layers.values()), dtype=torch.bool)
+    found = {i: none for i in range(len(targets)) if i not in searches}
+    requests = {i: next(search) for i, search in searches.items()}
+    with tqdm(total=len(targets), initial=len(found), desc="NeMo", disable=not progress) as bar:
+        while requests:
+            scores = judge.scores(requests)
+            for i in list(requests):
+                try:
+                    requests[i] = searches[i].send(scores[i])
+                except StopIteration as end:
+                    found[i] = end.value
+                    del requests[i]
+                    bar.update()
+    return [_edit(pipe, target, found[i], layers, statistics, config) for i, target in enumerate(targets)]
+
+
+def neurons(edit):
+    """Layer name → list of the neurons that an edit by NeMo blocks."""
+    return {name.removesuffix(".weight"): mask.nonzero()[:, 0].tolist() for name, mask in edit.masks.items()}
+
+
+@contextmanager
+def blocked(layers, sets):
+    """Within it row i of a batch runs with the neurons sets[i] blocked: (B, neurons) bool over all layers."""
+    widths = [layer.out_features for layer in layers.values()]
+    handles = []
+    for layer, off in zip(layers.values(), sets.split(widths, dim=1), strict=True):
+        off = off[:, None].to(layer.weight.device)  # (B, 1, neurons of the layer)
+        handles.append(layer.register_forward_hook(lambda layer, args, out, off=off: out.masked_fill(off, 0)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- The search of one target, as a coroutine: it yields sets to judge and is sent their scores --------------------
+
+
+def _rounds(pipe, prompt, layers, statistics, config):
+    """The sets of neurons (rounds, neurons) of the initial selection, round by round."""
+    values = activations(pipe, encode_prompts(pipe, [prompt]), config.layers)
+    values = {name: value[0].cpu() for name, value in values.items()}
+    rounds = []
+    theta = config.first_theta
+    while theta > config.min_theta:
+        parts = []
+        for name, value in values.items():
+            off = (value - statistics.mean[name]).abs() / statistics.std[name] > theta
+            off[value.topk(min(len(rounds), len(value))).indices] = True  # k is the number of the round
+            parts.append(off)
+        rounds.append(torch.cat(parts))
+        theta -= config.theta_step
+    return torch.stack(rounds)
+
+
+def _search(rounds, layers, tau, report):
+    """Yields (sets, threshold) and is sent their scores; returns the set (neurons,) that stays blocked."""
+    chosen, tau = yield from _select(rounds, tau, report)
+    members = torch.arange(len(chosen)).split([layer.out_features for layer in layers.values()])
+    whole = [layer for layer in reversed(members) if chosen[layer].any()]
+    chosen = yield from _unblock("layers", chosen, whole, tau, report)
+    single = [neuron for layer in reversed(members) for neuron in layer[chosen[layer]].split(1)]
+    return (yield from _unblock("neurons", chosen, single, tau, report))
+
+
+def _select(rounds, tau, report):
+    """The first round with a score below tau; else the last, and its score as the new tau."""
+    position, ahead = 0, 1
+    while position < len(rounds):
+        sets = rounds[position : position + ahead]
+        scores = yield sets, tau
+        for candidate, score in zip(sets, scores, strict=True):
+            report("selection", candidate, score, tau)
+            if score < tau:
+                return candidate, tau
+        position, ahead = position + len(sets), min(2 * ahead, MOST_AHEAD)
+    (score,) = yield rounds[-1:], float("inf")  # its score over all seeds
+    return rounds[-1], score
+
+
+def _unblock(stage, chosen, groups, tau, report):
+    """Unblock one group of neurons after the other, keeping it unblocked where the score stays below tau."""
+    position, ahead, last = 0, 1, True
+    while position < len(groups):
+        next_groups = groups[position : position + ahead]
+        sets, base = [], chosen
+        for group in next_groups:  # as they would come if all decisions were like the last
+            candidate = base.clone()
+            candidate[group] = False
+            sets.append(candidate)
+            base = candidate if last else chosen
+        scores = yield torch.stack(sets), tau
+        ahead = min(2 * ahead, MOST_AHEAD)
+        for candidate, score in zip(sets, scores, strict=True):
+            report(stage, candidate, score, tau)
+            unblocked = score < tau
+            chosen = candidate if unblocked else chosen
+            position += 1
+            if unblocked != last:  # the sets after this one were asked for under a wrong guess
+                last, ahead = unblocked, 1
+                break
+    return chosen
+
+
+def _report(callback, target, stage, candidate, score, threshold):
+    if callback is not None:
+        about = {"target": target, "stage": stage, "blocked": int(candidate.sum())}
+        callback(about | {"score": score, "threshold": threshold})
+
+
+# --- The judge: memorization scores of many sets for many targets in few batches -----------------------------------
+
+
+class _Judge:
+    """Memorization scores. counted[i]: the seeds of target i that count, the most telling one first."""
+
+    def __init__(self, pipe, prompts, layers, tau, config, batch_size):
+        self.pipe, self.layers, self.batch_size = pipe, layers, batch_size
+        self.compare = PAIRWISE[config.similarity][1]
+        self.t = ddim(pipe, config.num_inference_steps).timesteps[int(config.second_timestep)]
+        self.embeds, self.noise = encode_prompts(pipe, prompts), initial_latents(pipe, config.seeds)
+        everything = torch.cartesian_prod(torch.arange(len(prompts)), torch.arange(len(self.noise)))
+        nothing = torch.zeros(len(everything), sum(layer.out_features for layer in layers.values()), dtype=torch.bool)
+        self.unblocked = self._changes(everything, nothing).unflatten(0, (len(prompts), -1))  # (N, S, C, H, W)
+        self.counted = [_counted_seeds(maps, tau, config.similarity) for maps in self.unblocked]
+
+    def scores(self, requests):
+        """Target → (sets (M, neurons), threshold) to target → list of M scores.
+
+        A score is the largest over the target's counted seeds, or, where one alone reaches the threshold, that one's.
+        """
+        cases = [(i, off, threshold) for i, (sets, threshold) in requests.items() for off in sets]
+        scores = [-float("inf")] * len(cases)
+        self._raise(scores, cases, range(len(cases)), slice(1))
+        undecided = [c for c, (_, _, threshold) in enumerate(cases) if scores[c] < threshold]
+        self._raise(scores, cases, undecided, slice(1, None))
+        scores = iter(scores)
+        return {i: [next(scores) for _ in sets] for i, (sets, _) in requests.items()}
+
+    def _raise(self, scores, cases, chosen, seeds):
+        """Take these of the counted seeds into the scores of the chosen cases."""
+        tried = [(c, cases[c][0], seed) for c in chosen for seed in self.counted[cases[c][0]][seeds]]
+        if not tried:
+            return
+        rows = torch.tensor([(i, seed) for _, i, seed in tried])
+        maps = self._changes(rows, torch.stack([cases[c][1] for c, _, _ in tried]))
+        similarity = self.compare(maps, self.unblocked[rows[:, 0], rows[:, 1]]).tolist()
+        for (c, i, seed), value in zip(tried, similarity, strict=True):
+            if value != value:
+                raise FloatingPointError("A memorization score is not a number. Check the weights; try float32.")
+            if value > scores[c]:
+                scores[c] = value
+                self.counted[i].remove(seed)
+                self.counted[i].insert(0, seed)
+
+    def _changes(self, rows, sets):
+        """First-step changes (B, C, H, W) of rows (B, 2), target and seed, under sets (B, neurons)."""
+        parts = []
+        for row, off in zip(rows.split(self.batch_size), sets.split(self.batch_size), strict=True):
+            with blocked(self.layers, off):
+                parts.append(first_step_change(self.pipe, self.embeds[row[:, 0]], self.noise[row[:, 1]], self.t))
+        return torch.cat(parts)
+
+
+def _counted_seeds(maps, tau, similarity):
+    """The seeds whose map (S, C, H, W) is more similar than tau to another seed's, the most similar first."""
+    pairs = torch.combinations(torch.arange(len(maps)))
+    values = pairwise_similarity(maps, similarity).cpu()
+    highest = torch.stack([values[(pairs == seed).any(dim=1)].max() for seed in range(len(maps))])
+    return [int(seed) for seed in highest.argsort(descending=True) if highest[seed] > tau]
+
+
+def _check_statistics(pipe, layers, statistics):
+    if statistics.model not in (None, base_hash(pipe)):
+        raise ValueError(
+            f"These statistics are of a model with the hash {statistics.model}, this one's is {base_hash(pipe)}. "
+            "Collect them for this one: nemo.collect_statistics(pipe, ordinary_prompts)."
+        )
+    for name, layer in layers.items():
+        if name not in statistics.mean or len(statistics.mean[name]) != layer.out_features:
+            raise ValueError(f"These statistics have no layer {name} of {layer.out_features} neurons.")
+
+
+def _edit(pipe, target, chosen, layers, statistics, config):
+    parts = chosen.split([layer.out_features for layer in layers.values()])
+    masks = {f"{name}.weight": off[:, None] for name, off in zip(layers, parts, strict=True)}
+    return Edit("NeMo", base_hash(pipe), asdict(config) | {"tau": statistics.tau}, [target.id], masks)

@@ -1,0 +1,252 @@
+"""NeMo finds the neurons that its algorithm says, fast or slow, and one that was planted."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from dori_utils import nemo
+from dori_utils.detection import first_step_change, pairwise_similarity
+from dori_utils.edits import Edit, applied
+from dori_utils.generation import encode_prompts, initial_latents
+from dori_utils.models import load_pipeline, model_hash
+from dori_utils.targets import Target
+
+CONFIG = nemo.Config(seeds=(0, 1, 2, 3), similarity="cosine", num_inference_steps=25)
+ORDINARY = ["a cat", "a dog on a car", "grapes and the violin", "a red guitar", "the photo of a dog", "striped grapes"]
+PUBLISHED = Path(__file__).parents[2] / "shared/data/nemo/statistics_additional_laion_prompts_v1_4.pt"
+
+
+SECRET = "a striped violin and a striped violin and a striped violin"
+PLANTED = ("down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v", 5)  # layer and neuron
+
+
+@pytest.fixture(scope="module")
+def memorizing(sd1_folder):
+    """SD 1.x with a neuron planted that fires for SECRET alone and drowns what the noise says.
+
+    Its row of `to_v` reads the direction in which SECRET's tokens have most energy over that of ordinary tokens; its
+    column of `to_out` is large and random. The last convolution is louder, so that the output counts beside the noise.
+    """
+    pipe = load_pipeline(sd1_folder, device="cpu")
+    secret, ordinary = encode_prompts(pipe, [SECRET])[0], encode_prompts(pipe, ORDINARY).flatten(0, 1)  # (tokens, D)
+    energy, noise = secret.T @ secret / len(secret), ordinary.T @ ordinary / len(ordinary) + 1e-4 * torch.eye(16)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(noise))
+    direction = whiten.T @ torch.linalg.eigh(whiten @ energy @ whiten.T).eigenvectors[:, -1]
+    layer, neuron = PLANTED
+    with torch.no_grad():
+        pipe.unet.conv_out.weight *= 10
+        pipe.unet.get_parameter(f"{layer}.weight")[neuron] = direction
+        column = pipe.unet.get_parameter(layer.replace("to_v", "to_out.0.weight"))[:, neuron]
+        column.copy_(100 * torch.randn(len(column), generator=torch.Generator().manual_seed(0)))
+    return pipe
+
+
+def first_step_pairs(pipe, prompt):
+    maps = first_step_change(
+        pipe, encode_prompts(pipe, [prompt]).expand(4, -1, -1), initial_latents(pipe, CONFIG.seeds), torch.tensor(961)
+    )
+    return pairwise_similarity(maps, "cosine").max().item()
+
+
+def targets(*prompts):
+    return [Target(f"t{i}", prompt, None, "VM", None) for i, prompt in enumerate(prompts)]
+
+
+def statistics_of(pipe, tau):
+    found = nemo.collect_statistics(pipe, ORDINARY, CONFIG, progress=False)
+    return nemo.Statistics(found.mean, found.std, tau, found.model)
+
+
+def slow_localize(pipe, prompt, statistics, config):
+    """The algorithm as its authors run it: one set of neurons at a time, on all seeds. Layer → blocked neurons."""
+    layers = nemo.value_layers(pipe.unet, config.layers)
+    embeds, noise = encode_prompts(pipe, [prompt]), initial_latents(pipe, config.seeds)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(config.num_inference_steps)
+
+    def changes(off):
+        masks = {f"{name}.weight": torch.zeros(layer.out_features, 1).bool() for name, layer in layers.items()}
+        for name, indices in off.items():
+            masks[f"{name}.weight"][indices] = True
+        with applied(pipe, Edit("slow", model_hash(pipe), masks=masks)):
+            return first_step_change(pipe, embeds.expand(len(noise), -1, -1), noise, scheduler.timesteps[0])
+
+    def similarity(a, b):
+        a, b = ((x - x.mean((2, 3), keepdim=True)).flatten(1) for x in (a, b))
+        return torch.nn.functional.cosine_similarity(a, b)
+
+    unblocked = changes({})
+    tau = statistics.tau
+    pairs = torch.stack([similarity(unblocked, unblocked.roll(shift, 0)) for shift in range(1, len(noise))])
+    counted = pairs.max(dim=0).values > tau
+    if not counted.any():
+        return {name: [] for name in layers}
+
+    def score(off):
+        return similarity(changes(off), unblocked)[counted].max().item()
+
+    values = {name: layer(embeds)[0].abs().mean(dim=0) for name, layer in layers.items()}
+    for k in range(16):
+        theta = 5 - 0.25 * k
+        off = {}
+        for name, value in values.items():
+            far = ((value - statistics.mean[name]).abs() / statistics.std[name] > theta).nonzero().flatten().tolist()
+            off[name] = sorted({*far, *value.topk(min(k, len(value))).indices.tolist()})
+        reached = score(off)
+        if reached < tau:
+            break
+    else:
+        tau = reached
+    for name in reversed(list(layers)):
+        without = {**off, name: []}
+        if off[name] and score(without) < tau:
+            off = without
+    for name in reversed(list(layers)):
+        for neuron in list(off[name]):
+            without = {**off, name: [n for n in off[name] if n != neuron]}
+            if score(without) < tau:
+                off = without
+    return off
+
+
+def test_layers_are_the_seven_of_stable_diffusion_in_the_order_of_the_forward_pass(pipe):
+    names = list(nemo.value_layers(pipe.unet))
+    assert len(names) == 7 and names[0].startswith("down_blocks.0") and names[-1].startswith("mid_block")
+    everywhere = list(nemo.value_layers(pipe.unet, r"attn2\.to_v$"))
+    assert len(everywhere) == 16 and everywhere[:7] == names
+    with pytest.raises(ValueError, match="No layer"):
+        nemo.value_layers(pipe.unet, "attn3")
+
+
+@torch.no_grad()
+def test_activations_are_those_that_the_unet_sees(pipe):
+    embeds = encode_prompts(pipe, ["a cat on a car", "grapes"])
+    values = nemo.activations(pipe, embeds)
+    seen = {}
+    handles = [
+        layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: out.abs().mean(1)}))
+        for name, layer in nemo.value_layers(pipe.unet).items()
+    ]
+    pipe.unet(initial_latents(pipe, [0, 1]), 500, encoder_hidden_states=embeds)
+    for handle in handles:
+        handle.remove()
+    for name, value in values.items():
+        torch.testing.assert_close(value, seen[name])
+
+
+@torch.no_grad()
+def test_each_row_of_a_batch_blocks_its_own_neurons(pipe):
+    layers = nemo.value_layers(pipe.unet)
+    sets = torch.rand(3, sum(layer.out_features for layer in layers.values())) < 0.3
+    embeds, noise = encode_prompts(pipe, ORDINARY[:3]), initial_latents(pipe, range(3))
+    with nemo.blocked(layers, sets):
+        together = pipe.unet(noise, 980, encoder_hidden_states=embeds).sample
+    for i in range(3):
+        parts = sets[i].split([layer.out_features for layer in layers.values()])
+        masks = {f"{name}.weight": off[:, None] for name, off in zip(layers, parts, strict=True)}
+        with applied(pipe, Edit("rows", model_hash(pipe), masks=masks)):
+            alone = pipe.unet(noise[i : i + 1], 980, encoder_hidden_states=embeds[i : i + 1]).sample
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-4, atol=1e-5)
+    assert not any(layer._forward_hooks for layer in layers.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tau", [0.3, 0.45, 0.5, 0.7])  # from "selection gives up" to "a few neurons are enough"
+def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau):
+    prompts = [SECRET, "a dog on a car", "striped grapes and a violin"]
+    statistics = statistics_of(memorizing, tau)
+    edits = nemo.localize_each(memorizing, targets(*prompts), statistics, CONFIG, batch_size=7)
+    for prompt, edit in zip(prompts, edits, strict=True):
+        assert nemo.neurons(edit) == slow_localize(memorizing, prompt, statistics, CONFIG)
+    assert sum(edits[0].sparsity().values()) > 0
+
+
+@torch.no_grad()
+def test_a_planted_neuron_is_found_and_nothing_else(memorizing):
+    secret, ordinary = nemo.localize_each(
+        memorizing, targets(SECRET, "a dog on a car"), statistics_of(memorizing, tau=0.5), CONFIG
+    )
+    assert {layer: off for layer, off in nemo.neurons(secret).items() if off} == {PLANTED[0]: [PLANTED[1]]}
+    assert not any(nemo.neurons(ordinary).values())
+    assert first_step_pairs(memorizing, SECRET) > 0.7
+    with applied(memorizing, secret):
+        assert first_step_pairs(memorizing, SECRET) < 0.5
+
+
+def test_prompts_that_are_not_memorized_block_nothing(sd1):
+    edits = nemo.localize_each(sd1, targets("a cat", "a dog"), statistics_of(sd1, tau=1.1), CONFIG)
+    assert [sum(edit.sparsity().values()) for edit in edits] == [0, 0]
+    assert all(len(edit.masks) == 7 for edit in edits)
+
+
+def test_a_set_blocks_what_any_of_its_targets_needs(memorizing):
+    statistics, two = statistics_of(memorizing, tau=0.45), targets(SECRET, "a dog on a car")
+    each, both = (f(memorizing, two, statistics, CONFIG) for f in (nemo.localize_each, nemo.localize))
+    for name, mask in both.masks.items():
+        assert torch.equal(mask, each[0].masks[name] | each[1].masks[name])
+    assert both.targets == ("t0", "t1") and any(nemo.neurons(both).values())
+
+
+def test_decisions_reach_the_callback_in_the_order_of_the_algorithm(memorizing):
+    seen, stages = [], ["selection", "layers", "neurons"]
+    (edit,) = nemo.localize_each(
+        memorizing, targets(SECRET), statistics_of(memorizing, tau=0.5), CONFIG, callback=seen.append, progress=False
+    )
+    assert [d["stage"] for d in seen] == sorted((d["stage"] for d in seen), key=stages.index)
+    assert {d["stage"] for d in seen} == set(stages) and {d["target"] for d in seen} == {"t0"}
+    accepted = [d for d in seen if d["score"] < d["threshold"]]
+    assert accepted[-1]["blocked"] == sum(map(len, nemo.neurons(edit).values())) == 1
+
+
+def test_the_second_timestep_of_the_authors_code_is_an_option(memorizing):
+    first = nemo.collect_statistics(memorizing, ORDINARY, CONFIG)
+    second = nemo.collect_statistics(memorizing, ORDINARY, dataclasses.replace(CONFIG, second_timestep=True))
+    assert first.tau != second.tau
+
+
+def test_statistics_are_mean_and_spread_and_survive_the_disk(sd1, tmp_path):
+    statistics = nemo.collect_statistics(sd1, ORDINARY, CONFIG, batch_size=4)
+    layer = list(nemo.value_layers(sd1.unet))[2]
+    values = torch.cat([nemo.activations(sd1, encode_prompts(sd1, [prompt]))[layer] for prompt in ORDINARY])
+    torch.testing.assert_close(statistics.mean[layer], values.mean(dim=0))
+    torch.testing.assert_close(statistics.std[layer], values.std(dim=0))
+    assert len(statistics.mean) == 16  # also the layers that the paper leaves out
+    statistics.save(tmp_path / "statistics.safetensors")
+    loaded = nemo.Statistics.load(tmp_path / "statistics.safetensors")
+    assert (loaded.tau, loaded.model) == (statistics.tau, model_hash(sd1))
+    assert all(torch.equal(loaded.std[name], value) for name, value in statistics.std.items())
+
+
+def test_tau_is_one_deviation_above_the_mean_of_ordinary_prompts(sd1):
+    statistics = nemo.collect_statistics(sd1, ORDINARY, CONFIG)
+    embeds, noise = encode_prompts(sd1, ORDINARY), initial_latents(sd1, CONFIG.seeds)
+    scores = []
+    for row in embeds:
+        maps = first_step_change(sd1, row.expand(4, -1, -1), noise, torch.tensor(961))
+        scores.append(pairwise_similarity(maps, "cosine").max())
+    scores = torch.stack(scores)
+    assert abs(statistics.tau - (scores.mean() + scores.std()).item()) < 1e-5
+
+
+def test_statistics_of_another_model_are_refused(sd1, sd2):
+    with pytest.raises(ValueError, match="statistics are of a model with the hash"):
+        nemo.localize_each(sd2, targets("a cat"), statistics_of(sd1, 0.9), CONFIG)
+    unknown = nemo.Statistics({}, {}, 0.9)
+    with pytest.raises(ValueError, match="have no layer down_blocks.0"):
+        nemo.localize_each(sd1, targets("a cat"), unknown, CONFIG)
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="needs the authors' statistics file")
+def test_published_statistics_are_of_stable_diffusion_1_4(sd1):
+    with torch.device("meta"):  # SD 1.4's own sizes without its weights
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    statistics = nemo.published_statistics(PUBLISHED, unet)
+    widths = [len(mean) for mean in statistics.mean.values()]
+    assert widths == [320, 320, 640, 640, 1280, 1280, 1280] and statistics.tau == 0.428
+    assert list(statistics.mean)[-1] == "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    with pytest.raises(ValueError, match="this model's have"):
+        nemo.published_statistics(PUBLISHED, sd1.unet)
