@@ -11,11 +11,13 @@ Weights that someone else pruned or fine-tuned become an edit by subtraction (`E
 ours. How much two edits have in common is `iou`.
 """
 
+import hashlib
 import json
 import uuid
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,18 @@ class Edit:
     def sparsity(self):
         """Parameter name → share of its weights that become zero."""
         return {name: mask.float().mean().item() for name, mask in self.masks.items()}
+
+    def fingerprint(self):
+        """16 hex characters that change with any bit of what is zeroed or added, and with nothing else."""
+        digest = hashlib.sha256(self.model.encode())
+        for kind, tensors in (("mask", self.masks), ("delta", self.deltas)):
+            for name, tensor in sorted(tensors.items()):
+                bits = (
+                    _pack(tensor) if kind == "mask" else tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                )
+                digest.update(f"\n{kind} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(bits.numpy())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def between(cls, pipe, other_unet, *, method="other weights", targets=()):
@@ -148,6 +162,59 @@ def applied(pipe, edit):
                 parameter.copy_(originals[name])
         if outermost:
             del _BASE[unet]
+
+
+@contextmanager
+def applied_by_row(pipe, edits):
+    """Within it every row of a batch has its own weights: row r of k * B rows runs under edits[r % B].
+
+    So B cases with different edits go through the U-Net together, twice each (k = 2) under guidance. The weights of the
+    model stay as they are; its linear layers compute with edited copies.
+
+    Args:
+        edits: list of B edits, or None for rows without.
+
+    Raises:
+        ValueError: an edit of another model, or one of layers that are not linear (for those there is `applied`).
+    """
+    base, unet = base_hash(pipe), pipe.unet
+    distinct = list(dict.fromkeys(edits))  # by identity
+    changed = [{} if edit is None else _changed_parameters(unet, edit, base) for edit in distinct]
+    row_edit = torch.tensor([distinct.index(edit) for edit in edits])
+    rows = [(row_edit == e).nonzero()[:, 0] for e in range(len(distinct))]
+    layers = dict.fromkeys(name.rpartition(".")[0] for parameters in changed for name in parameters)
+    layers = {name: unet.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        if not isinstance(layer, torch.nn.Linear):
+            raise ValueError(f"{name} is a {type(layer).__name__}: rows of a batch can only differ in linear layers.")
+    copies = []
+    for edit, parameters in zip(distinct, changed, strict=True):
+        edited = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        if edit is not None:
+            _change(edited, edit)
+        copies.append(edited)
+    try:
+        for name, layer in layers.items():
+            weights = [
+                (edited.get(f"{name}.weight", layer.weight), edited.get(f"{name}.bias", layer.bias))
+                for edited in copies
+            ]
+            layer.forward = partial(_forward_by_row, weights, rows, len(edits))
+        yield pipe
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+
+
+def _forward_by_row(weights, rows, count, inputs):
+    """Row r of inputs (k * count, ..., columns) times the weights that its edit has."""
+    repeats = torch.arange(len(inputs) // count)[:, None] * count
+    outputs, order = [], []
+    for (weight, bias), own in zip(weights, rows, strict=True):
+        chosen = (repeats + own).flatten()
+        outputs.append(torch.nn.functional.linear(inputs[chosen], weight, bias))
+        order.append(chosen)
+    return torch.cat(outputs)[torch.cat(order).argsort()]
 
 
 def base_hash(pipe):

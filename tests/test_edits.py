@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from dori_utils.edits import Edit, applied, base_hash, iou, iou_by_layer, union
+from dori_utils.edits import Edit, applied, applied_by_row, base_hash, iou, iou_by_layer, union
+from dori_utils.generation import encode_prompts, initial_latents
 from dori_utils.models import model_hash
 
 ROWS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
@@ -150,3 +151,46 @@ def test_deltas_and_other_models_have_no_union(sd1, sd2):
         iou(rows_off(sd1, 0), rows_off(sd2, 0))
     with pytest.raises(ValueError, match="No edits"):
         union([])
+
+
+def weights_off(pipe):
+    mask = torch.rand(parameter(pipe, WEIGHTS).shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    return Edit("Wanda", base_hash(pipe), masks={WEIGHTS: mask})
+
+
+@torch.no_grad()
+def test_rows_of_one_batch_run_under_their_own_edits(pipe):
+    edits = [rows_off(pipe, *range(12)), None, weights_off(pipe), None, rows_off(pipe, 1)]
+    before = model_hash(pipe)
+    embeds, noise = encode_prompts(pipe, ["a cat"] * 5), initial_latents(pipe, range(5))
+    with applied_by_row(pipe, edits):
+        once = pipe.unet(noise, 500, encoder_hidden_states=embeds).sample
+        twice = pipe.unet(noise.repeat(2, 1, 1, 1), 500, encoder_hidden_states=embeds.repeat(2, 1, 1)).sample
+        assert model_hash(pipe) == before
+    for row, edit in enumerate(edits):
+        with applied(pipe, edit):
+            alone = pipe.unet(noise[row : row + 1], 500, encoder_hidden_states=embeds[row : row + 1]).sample[0]
+        for together in (once[row], twice[row], twice[row + 5]):
+            torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(pipe.unet.get_submodule(ROWS.removesuffix(".weight")))
+
+
+def test_gradients_reach_the_embeddings_through_edits_by_row(sd1):
+    embeds = encode_prompts(sd1, ["a cat", "a dog"]).clone().requires_grad_(True)
+    with applied_by_row(sd1, [rows_off(sd1, *range(16)), None]):
+        sd1.unet(initial_latents(sd1, [0, 1]), 500, encoder_hidden_states=embeds).sample.square().sum().backward()
+    assert (embeds.grad.abs().sum((1, 2)) > 0).all()
+
+
+def test_rows_cannot_differ_in_convolutions(sd1):
+    edit = Edit("fine-tuning", base_hash(sd1), deltas={"conv_in.bias": torch.ones(8)})
+    with pytest.raises(ValueError, match="conv_in is a Conv2d"), applied_by_row(sd1, [edit]):
+        pass
+
+
+def test_a_fingerprint_is_of_the_weights_alone(sd1):
+    edit = rows_off(sd1, 0, 1)
+    assert edit.fingerprint() == rows_off(sd1, 0, 1, targets=("a",)).fingerprint()
+    assert len({edit.fingerprint(), rows_off(sd1, 0).fingerprint(), weights_off(sd1).fingerprint()}) == 3
+    delta = Edit("fine-tuning", edit.model, deltas={ROWS: torch.ones_like(parameter(sd1, ROWS))})
+    assert delta.fingerprint() != Edit("x", edit.model).fingerprint()
