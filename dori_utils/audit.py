@@ -6,6 +6,7 @@ one case for each prompt, so that every notebook that asks for the same ones get
 
 import time
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,25 +17,34 @@ from .detection import first_step_similarity, noise_magnitude, seed_diversity
 from .generation import generate
 from .metrics import bootstrap_interval, memorization_rate
 from .models import model_hash
-from .similarity import load_sscd, sscd_scores
+from .similarity import load_sscd
 
 
-def cached_generate(pipe, prompts, seeds, preset, store) -> list[list[Image.Image]]:
+def cached_generate(pipe, prompts, seeds, preset, store, edits=None) -> list[list[Image.Image]]:
     """`generate` with the preset's sampling; each prompt's images are one case of the store.
+
+    Args:
+        edits: None, or one `Edit` or None for each prompt.
 
     Returns:
         One list of images for each prompt, one image for each seed.
     """
-    return _images(_generated(pipe, prompts, seeds, preset, store))
+    return _images(_generated(pipe, prompts, seeds, preset, store, edits))
 
 
-def _generated(pipe, prompts, seeds, preset, store) -> list[dict]:
-    def compute(chosen: list[str]) -> list[dict]:
-        images = generate(pipe, chosen, seeds=seeds, **preset.sampling, progress=False)
+def _generated(pipe, prompts, seeds, preset, store, edits=None) -> list[dict]:
+    edits = edits or [None] * len(prompts)
+    by_fingerprint = {edit.fingerprint(): edit for edit in edits if edit}
+
+    def compute(cases: list[dict]) -> list[dict]:
+        chosen = [by_fingerprint.get(case.get("edit")) for case in cases]
+        prompts = [case["prompt"] for case in cases]
+        images = generate(pipe, prompts, seeds=seeds, edits=chosen, **preset.sampling, progress=False)
         return [{"images": np.stack([np.asarray(image) for image in row])} for row in images]
 
     config = {"what": "generate", "seeds": list(seeds), **preset.sampling}
-    return _by_prompt(pipe, prompts, config, compute, store)
+    cases = [{"prompt": p} | ({"edit": e.fingerprint()} if e else {}) for p, e in zip(prompts, edits, strict=True)]
+    return _timed_cases(pipe, cases, config, compute, store)
 
 
 def _images(cases: list[dict]) -> list[list[Image.Image]]:
@@ -60,7 +70,8 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
     rows = []
     for name, (detector, evaluations) in detectors.items():
         config = {"what": name, "seeds": list(preset.detection_seeds), "steps": steps, "pairwise": preset.pairwise}
-        cases = _by_prompt(pipe, prompts, config, lambda chosen, d=detector: [{"score": s} for s in d(chosen)], store)
+        prompt_cases = [{"prompt": prompt} for prompt in prompts]
+        cases = _timed_cases(pipe, prompt_cases, config, partial(_detector_scores, detector), store)
         cost = evaluations * len(preset.detection_seeds)
         rows += [_detected(p, name, c["score"], cost, c["seconds"]) for p, c in zip(prompts, cases, strict=True)]
 
@@ -84,38 +95,66 @@ def _detected(prompt, detector, score, evaluations, seconds) -> dict:
     }
 
 
-def _by_prompt(pipe, prompts, config: dict, compute, store) -> list[dict]:
-    """One case of the store for each prompt, computed in batches; `seconds` is each one's share of its batch's time."""
+def _detector_scores(detector, cases: list[dict]) -> list[dict]:
+    return [{"score": score} for score in detector([case["prompt"] for case in cases])]
 
-    def timed(cases: list[dict]) -> list[dict]:
+
+def _timed_cases(pipe, cases: list[dict], config: dict, compute, store) -> list[dict]:
+    """Cases of the store, computed in batches; `seconds` of a result is its share of its batch's time."""
+
+    def timed(chosen: list[dict]) -> list[dict]:
         start = time.perf_counter()
-        results = compute([case["prompt"] for case in cases])
-        seconds = (time.perf_counter() - start) / len(cases)
+        results = compute(chosen)
+        seconds = (time.perf_counter() - start) / len(chosen)
         return [{**result, "seconds": seconds} for result in results]
 
     config = {**config, "model": model_hash(pipe)}
-    cases = [{**config, "prompt": prompt} for prompt in prompts]
+    cases = [{**config, **case} for case in cases]
     return store.map(cases, timed, batch_size=max(1, 32 // len(config["seeds"])), desc=config["what"])
 
 
-def audit(pipe, targets, preset, store, sscd=None) -> pd.DataFrame:
-    """Generate every target's prompt and compare with its image.
+def audit(pipe, targets, preset, store, sscd=None, edits=None) -> pd.DataFrame:
+    """Generate every target's prompt, under every mitigation, and compare with its image.
+
+    Args:
+        edits: mitigation's name → one `Edit` for all targets, a list with one for each, or None for the model as it
+            is; default: {"none": None}.
 
     Returns:
-        Rows (target, prompt, kind, duplicates, seed, sscd): sscd is SSCD_Orig of that target and seed. `attrs` of the
-        table says what made it: model, weights, SSCD, transform, sampling, version.
+        Rows (mitigation, target, prompt, kind, duplicates, seed, sscd, sscd_gen): sscd is SSCD_Orig of that target and
+        seed, sscd_gen the same image's similarity to the one without mitigation. `attrs` of the table says what made
+        it: model, weights, SSCD, transform, sampling, version.
+
+    Raises:
+        ValueError: a list of edits that is not as long as the targets.
     """
     sscd = sscd or load_sscd()
-    images = cached_generate(pipe, [t.prompt for t in targets], preset.seeds, preset, store)
-    scores = sscd_scores(images, [t.image for t in targets], transform=preset.sscd_transform, sscd=sscd)
-    rows = [
-        {"target": t.id, "prompt": t.prompt, "kind": t.kind, "duplicates": t.duplicates, "seed": seed, "sscd": float(s)}
-        for t, of_target in zip(targets, scores, strict=True)
-        for seed, s in zip(preset.seeds, of_target, strict=True)
-    ]
+    prompts = [target.prompt for target in targets]
+    originals = sscd.embed([target.image for target in targets], preset.sscd_transform)  # (N, D)
+
+    def generated(each):  # (N, S, D)
+        images = cached_generate(pipe, prompts, preset.seeds, preset, store, each)
+        return sscd.embed_rows(images, preset.sscd_transform)
+
+    plain, rows = generated(None), []
+    for name, edit in (edits or {"none": None}).items():
+        ours = plain if edit is None else generated(_one_for_each(edit, targets, name))
+        scores, scores_gen = np.einsum("nsd,nd->ns", ours, originals), np.einsum("nsd,nsd->ns", ours, plain)
+        for i, target in enumerate(targets):
+            about = {"mitigation": name, "target": target.id, "prompt": target.prompt, "kind": target.kind}
+            about |= {"duplicates": target.duplicates}
+            for j, seed in enumerate(preset.seeds):
+                rows.append(about | {"seed": seed, "sscd": float(scores[i, j]), "sscd_gen": float(scores_gen[i, j])})
     table = pd.DataFrame(rows)
     table.attrs = provenance(pipe, preset, sscd)
     return table
+
+
+def _one_for_each(edit, targets, name) -> list:
+    each = list(edit) if isinstance(edit, list | tuple) else [edit] * len(targets)
+    if len(each) != len(targets):
+        raise ValueError(f"{name}: {len(each)} edits for {len(targets)} targets. Give one for each, or one for all.")
+    return each
 
 
 def provenance(pipe, preset, sscd) -> dict:

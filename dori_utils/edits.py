@@ -177,6 +177,9 @@ def applied_by_row(pipe, edits):
     Raises:
         ValueError: an edit of another model, or one of layers that are not linear (for those there is `applied`).
     """
+    if not any(edits):
+        yield pipe
+        return
     base, unet = base_hash(pipe), pipe.unet
     distinct = list(dict.fromkeys(edits))  # by identity
     changed = [{} if edit is None else _changed_parameters(unet, edit, base) for edit in distinct]

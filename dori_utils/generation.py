@@ -15,6 +15,8 @@ import copy
 import torch
 from tqdm.auto import tqdm
 
+from .edits import applied_by_row
+
 # CPU: 16 testbed images (16 x 16 latents), or one of Stable Diffusion (64 x 64).
 LATENT_PIXELS_PER_CPU_BATCH = 4096
 # CUDA, for each byte of the dtype: 1.6 GB for a guided 512-pixel image in float16. An estimate on the safe side.
@@ -30,6 +32,7 @@ def generate(
     seeds=range(4),
     num_inference_steps=50,
     guidance_scale=7.5,
+    edits=None,
     batch_size=None,
     truncate=False,
     progress=True,
@@ -43,6 +46,8 @@ def generate(
         seeds: S integers; a seed is the same initial noise for every prompt.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 or less goes without it.
+        edits: one `Edit` or None for each prompt, under which its images are generated; default: none. An edit that all
+            share, or one of convolutions, is for `edits.applied` around the call.
         batch_size: images that go through the U-Net together; default: what fits the device's memory.
         truncate: cut prompts that are too long (with a warning) instead of raising.
         progress: show a progress bar.
@@ -61,6 +66,9 @@ def generate(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
     embeds = _embeddings(pipe, prompts, prompt_embeds, truncate)
+    edits = [None] * len(embeds) if edits is None else list(edits)
+    if len(edits) != len(embeds):
+        raise ValueError(f"{len(edits)} edits for {len(embeds)} prompts: give one (or None) for each.")
     cases = [(row, seed) for row in range(len(embeds)) for seed in seeds]
     batches = [cases[i : i + batch_size] for i in range(0, len(cases), batch_size)]
     steps = len(_scheduler(pipe, num_inference_steps).timesteps)  # PNDM takes more than num_inference_steps
@@ -69,15 +77,16 @@ def generate(
     with tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress) as bar:
         for batch in batches:
             rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
-            latents = denoise(
-                pipe,
-                _noise(pipe, generators),
-                embeds[rows],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generators=generators,
-                on_step=bar.update,
-            )
+            with applied_by_row(pipe, [edits[row] for row in rows]):
+                latents = denoise(
+                    pipe,
+                    _noise(pipe, generators),
+                    embeds[rows],
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    generators=generators,
+                    on_step=bar.update,
+                )
             _check_finite(latents, batch)
             pixels = pipe.image_processor.pt_to_numpy(decode(pipe, latents))
             images += pipe.image_processor.numpy_to_pil(pixels)

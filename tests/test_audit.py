@@ -5,12 +5,16 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from dori_utils import audit as audit_module
 from dori_utils.audit import audit, cached_generate, detect, scores_by_target, summarize
+from dori_utils.edits import Edit, applied
 from dori_utils.generation import generate
+from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
+from dori_utils.similarity import sscd_scores
 from dori_utils.store import Store
 from dori_utils.targets import Target
 
@@ -71,6 +75,33 @@ def test_rows_are_tidy_and_say_what_made_them(tiny_testbed, store):
     assert rows.loc[(rows["seed"] == 0) & (rows["kind"] == "VM"), "sscd"].min() > 0.99  # its own image
     assert set(rows.attrs) == {"model", "weights", "sscd", "sampling", "dori_utils"}
     assert "onnx" in rows.attrs["sscd"] and "transform testbed" in rows.attrs["sscd"]
+
+
+def value_rows_off(pipe, share):
+    """An edit that switches off the first share of every value layer's neurons."""
+    masks = {}
+    for name, weight in pipe.unet.named_parameters():
+        if name.endswith("attn2.to_v.weight"):
+            masks[name] = (torch.arange(len(weight)) < share * len(weight))[:, None]
+    return Edit("rows", model_hash(pipe), masks=masks)
+
+
+def test_each_target_is_audited_under_its_own_edit(tiny_testbed, store):
+    targets = make_targets(tiny_testbed)
+    half, all_off = value_rows_off(tiny_testbed, 0.5), value_rows_off(tiny_testbed, 1)
+    settings = {"none": None, "each": [half, None, all_off], "half": half}
+    rows = audit(tiny_testbed, targets, PRESET, store, edits=settings)
+    assert list(rows["mitigation"].unique()) == ["none", "each", "half"] and len(rows) == 3 * 3 * 2
+    table = rows.set_index(["mitigation", "target"])
+    same = [("none", "t0"), ("none", "t2"), ("each", "t1")]
+    assert all((table.loc[case, "sscd_gen"] > 0.9999).all() for case in same)
+    assert table.loc[("each", "t0"), "sscd"].tolist() == pytest.approx(table.loc[("half", "t0"), "sscd"], abs=1e-3)
+    with applied(tiny_testbed, all_off):
+        images = generate(tiny_testbed, ["a red car"], seeds=PRESET.seeds, **PRESET.sampling, progress=False)
+    expected = sscd_scores(images, [targets[2].image], transform=PRESET.sscd_transform)[0]
+    assert table.loc[("each", "t2"), "sscd"].tolist() == pytest.approx(expected, abs=0.02)  # a pixel level or two
+    with pytest.raises(ValueError, match="each: 1 edits for 3 targets"):
+        audit(tiny_testbed, targets, PRESET, store, edits={"each": [half]})
 
 
 def test_summary_groups_targets_not_images():

@@ -9,7 +9,9 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from dori_utils import generation
+from dori_utils.edits import Edit, applied
 from dori_utils.generation import decode, denoise, encode_prompts, generate, initial_latents
+from dori_utils.models import model_hash
 
 PROMPTS = ["a photo of a cat", "violin and grapes"]
 SAMPLING = dict(num_inference_steps=6, guidance_scale=7.5)
@@ -148,6 +150,19 @@ def test_the_pipelines_scheduler_is_left_alone(sd1):
     sd1.scheduler.set_timesteps(17)
     generate(sd1, "a cat", seeds=[0], **QUICK)
     assert sd1.scheduler.num_inference_steps == 17 and sd1.scheduler.counter == 0 and sd1.scheduler.ets == []
+
+
+def test_images_of_one_batch_have_their_own_edits(pipe):
+    name = next(n for n, _ in pipe.unet.named_parameters() if n.endswith("attn2.to_v.weight"))
+    mask = torch.ones(len(pipe.unet.get_parameter(name)), 1, dtype=torch.bool)
+    edit = Edit("rows", model_hash(pipe), masks={name: mask})
+    mixed = pixels(generate(pipe, PROMPTS, seeds=[0, 1], edits=[edit, None], **QUICK))
+    with applied(pipe, edit):
+        edited = pixels(generate(pipe, PROMPTS, seeds=[0, 1], **QUICK))
+    plain = pixels(generate(pipe, PROMPTS, seeds=[0, 1], **QUICK))
+    assert abs(mixed[0] - edited[0]).max() <= 1 and abs(mixed[1] - plain[1]).max() <= 1
+    with pytest.raises(ValueError, match="1 edits for 2 prompts"):
+        generate(pipe, PROMPTS, edits=[edit], **QUICK)
 
 
 def test_embeddings_of_a_prompt_give_the_images_of_the_prompt(pipe):
