@@ -14,6 +14,7 @@ from PIL import Image
 
 from . import __version__
 from .detection import first_step_similarity, noise_magnitude, seed_diversity
+from .edits import Edit, base_hash
 from .generation import generate
 from .metrics import bootstrap_interval, memorization_rate
 from .models import model_hash
@@ -61,15 +62,13 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
     steps = preset.num_inference_steps
     settings = {"seeds": preset.detection_seeds, "num_inference_steps": steps, "progress": False}
     detectors = {
-        "noise magnitude": (lambda chosen: noise_magnitude(pipe, chosen, **settings), 2),
-        "first-step similarity": (
-            lambda chosen: first_step_similarity(pipe, chosen, pairwise=preset.pairwise, **settings),
-            1,
-        ),
+        "noise magnitude": (noise_magnitude, {}, 2),
+        "first-step similarity": (first_step_similarity, {"pairwise": preset.pairwise}, 1),
     }
     rows = []
-    for name, (detector, evaluations) in detectors.items():
-        config = {"what": name, "seeds": list(preset.detection_seeds), "steps": steps, "pairwise": preset.pairwise}
+    for name, (function, own, evaluations) in detectors.items():
+        config = {"what": name, "seeds": list(preset.detection_seeds), "steps": steps, **own}
+        detector = partial(function, pipe, **settings, **own)
         prompt_cases = [{"prompt": prompt} for prompt in prompts]
         cases = _timed_cases(pipe, prompt_cases, config, partial(_detector_scores, detector), store)
         cost = evaluations * len(preset.detection_seeds)
@@ -155,6 +154,26 @@ def _one_for_each(edit, targets, name) -> list:
     if len(each) != len(targets):
         raise ValueError(f"{name}: {len(each)} edits for {len(targets)} targets. Give one for each, or one for all.")
     return each
+
+
+def cached_edits(localize_each, pipe, targets, config, store, **kwargs) -> list[Edit]:
+    """`localize_each` of nemo or wanda, one target a case of the store.
+
+    Args:
+        localize_each: the function, called as localize_each(pipe, targets, config=config, **kwargs).
+        kwargs: what else it takes; `statistics` counts for the case.
+    """
+    key = {"what": localize_each.__module__, "config": asdict(config), "model": base_hash(pipe)}
+    if "statistics" in kwargs:
+        key["statistics"] = kwargs["statistics"].fingerprint()
+    by_id = {target.id: target for target in targets}
+
+    def compute(cases: list[dict]) -> list[dict]:
+        chosen = [by_id[case["target"]] for case in cases]
+        return [edit.to_arrays() for edit in localize_each(pipe, chosen, config=config, **kwargs)]
+
+    cases = [{**key, "target": target.id, "prompt": target.prompt} for target in targets]
+    return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=16, progress=False)]
 
 
 def provenance(pipe, preset, sscd) -> dict:

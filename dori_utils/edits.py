@@ -96,18 +96,30 @@ class Edit:
             raise ValueError("The other U-Net has the same weights as the pipeline's: there is nothing to audit.")
         return cls(method, base_hash(pipe), targets=targets, deltas=deltas)
 
-    def save(self, path):
-        """Write a safetensors file, masks as single bits. The file is written whole or not at all."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
+    def to_arrays(self):
+        """Named arrays that hold all of it, masks as single bits; for `Store`, and what `save` writes."""
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
-        about = {"method": self.method, "model": self.model, "config": self.config, "targets": list(self.targets)}
-        tensors = {f"mask {name}": _pack(mask) for name, mask in self.masks.items()}
-        tensors |= {f"delta {name}": delta.cpu().contiguous() for name, delta in self.deltas.items()}
+        about = {"method": self.method, "model": self.model, "config": self.config, "targets": self.targets}
+        arrays = {f"mask {name}": _pack(mask).numpy() for name, mask in self.masks.items()}
+        arrays |= {f"delta {name}": delta.detach().cpu().contiguous().numpy() for name, delta in self.deltas.items()}
+        return {"about": np.array(json.dumps(about | {"shapes": shapes})), **arrays}
+
+    @classmethod
+    def from_arrays(cls, arrays):
+        """The edit that `to_arrays` was called on."""
+        about = json.loads(str(arrays["about"]))
+        masks = {name: _unpack(arrays[f"mask {name}"], shape) for name, shape in about.pop("shapes").items()}
+        deltas = {k.removeprefix("delta "): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("delta ")}
+        return cls(**about, masks=masks, deltas=deltas)
+
+    def save(self, path):
+        """Write a safetensors file. The file is written whole or not at all."""
+        from safetensors.numpy import save_file
+
+        path, arrays = Path(path), self.to_arrays()
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
-            save_file(tensors, part, metadata={"edit": json.dumps(about | {"shapes": shapes})})
+            save_file(arrays, part, metadata={"edit": str(arrays.pop("about"))})
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -122,18 +134,16 @@ class Edit:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["edit"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            with safe_open(path, framework="np") as file:
+                about = (file.metadata() or {}).get("edit")
+                arrays = {key: file.get_tensor(key) for key in file.keys()}
         except FileNotFoundError:
             raise
-        except KeyError as error:
-            raise OSError(f"{path} holds weights, but no edit. Edit.between makes one of a whole U-Net.") from error
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError) as error:
             raise OSError(f"Corrupt edit file {path} ({error}). Delete it and make the edit again.") from error
-        masks = {name: _unpack(tensors[f"mask {name}"], shape) for name, shape in about.pop("shapes").items()}
-        deltas = {key.removeprefix("delta "): value for key, value in tensors.items() if key.startswith("delta ")}
-        return cls(**about, masks=masks, deltas=deltas)
+        if about is None:
+            raise OSError(f"{path} holds weights, but no edit. Edit.between makes one of a whole U-Net.")
+        return cls.from_arrays({"about": about, **arrays})
 
 
 @contextmanager
@@ -317,4 +327,4 @@ def _pack(mask):
 
 def _unpack(bits, shape):
     size = int(np.prod(shape))
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).astype(bool)).reshape(shape)
+    return torch.from_numpy(np.unpackbits(bits, count=size).astype(bool)).reshape(shape)

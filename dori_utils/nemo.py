@@ -23,6 +23,7 @@ batch blocks its own neurons, by a hook (`blocked`).
 Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers, one after the other.
 """
 
+import hashlib
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -67,11 +68,21 @@ class Statistics:
     tau: float
     model: str | None = None
 
+    def _tensors(self):
+        kinds = {"mean": self.mean, "std": self.std}
+        return {f"{kind} {name}": value for kind, values in kinds.items() for name, value in values.items()}
+
+    def fingerprint(self):
+        """16 hex characters that change with any number in it."""
+        digest = hashlib.sha256(repr(self.tau).encode())
+        for name, value in self._tensors().items():
+            digest.update(name.encode() + value.float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def save(self, path):
         from safetensors.torch import save_file
 
-        tensors = {f"mean {name}": value for name, value in self.mean.items()}
-        tensors |= {f"std {name}": value for name, value in self.std.items()}
+        tensors = self._tensors()
         save_file(tensors, path, metadata={"tau": repr(self.tau), "model": self.model or ""})
 
     @classmethod

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from dori_utils import audit as audit_module
-from dori_utils.audit import audit, cached_generate, detect, scores_by_target, summarize
+from dori_utils import wanda
+from dori_utils.audit import audit, cached_edits, cached_generate, detect, scores_by_target, summarize
 from dori_utils.edits import Edit, applied
 from dori_utils.generation import generate
 from dori_utils.models import model_hash
@@ -102,6 +103,21 @@ def test_each_target_is_audited_under_its_own_edit(tiny_testbed, store):
     assert table.loc[("each", "t2"), "sscd"].tolist() == pytest.approx(expected, abs=0.02)  # a pixel level or two
     with pytest.raises(ValueError, match="each: 1 edits for 3 targets"):
         audit(tiny_testbed, targets, PRESET, store, edits={"each": [half]})
+
+
+def test_edits_are_made_once_for_each_target(tiny_testbed, store):
+    targets, config = make_targets(tiny_testbed), wanda.Config(sparsity=0.1, steps=1, num_inference_steps=2)
+    made = []
+
+    def localize_each(pipe, chosen, config):
+        made.extend(target.id for target in chosen)
+        return wanda.localize_each(pipe, chosen, config)
+
+    first = cached_edits(localize_each, tiny_testbed, targets[:2], config, store)
+    again = cached_edits(localize_each, tiny_testbed, targets, config, store)
+    assert made == ["t0", "t1", "t2"]
+    assert [edit.fingerprint() for edit in first] == [edit.fingerprint() for edit in again[:2]]
+    assert again[2].targets == ("t2",) and again[2].config["sparsity"] == 0.1
 
 
 def test_summary_groups_targets_not_images():

@@ -100,12 +100,12 @@ def test_an_edit_survives_the_disk(sd1, tmp_path):
     edit.masks[WEIGHTS] = mask
     edit.deltas["conv_in.bias"] = torch.randn(8)
     edit.save(tmp_path / "edit.safetensors")
-    loaded = Edit.load(tmp_path / "edit.safetensors")
-    for what in ("method", "model", "config", "targets"):
-        assert getattr(loaded, what) == getattr(edit, what)
-    for kind in ("masks", "deltas"):
-        ours, theirs = getattr(edit, kind), getattr(loaded, kind)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for loaded in (Edit.load(tmp_path / "edit.safetensors"), Edit.from_arrays(edit.to_arrays())):
+        for what in ("method", "model", "config", "targets"):
+            assert getattr(loaded, what) == getattr(edit, what)
+        for kind in ("masks", "deltas"):
+            ours, theirs = getattr(edit, kind), getattr(loaded, kind)
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [file.name for file in tmp_path.iterdir()] == ["edit.safetensors"]
 
 

@@ -219,6 +219,7 @@ def test_statistics_are_mean_and_spread_and_survive_the_disk(sd1, tmp_path):
     loaded = nemo.Statistics.load(tmp_path / "statistics.safetensors")
     assert (loaded.tau, loaded.model) == (statistics.tau, model_hash(sd1))
     assert all(torch.equal(loaded.std[name], value) for name, value in statistics.std.items())
+    assert loaded.fingerprint() == statistics.fingerprint() != dataclasses.replace(loaded, tau=0.5).fingerprint()
 
 
 def test_tau_is_one_deviation_above_the_mean_of_ordinary_prompts(sd1):
