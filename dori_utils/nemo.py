@@ -47,9 +47,8 @@ class Config:
     seeds: tuple[int, ...] = tuple(range(10))
     first_theta: float = 5.0
     theta_step: float = 0.25  # down each round, while k goes up by one
-    min_theta: float = (
-        1.0  # here selection gives up (in the authors' code without trying it), and tau becomes its score
-    )
+    min_theta: float = 1.0
+    rounds: int = 16  # then selection gives up and tau becomes its score; the authors' code does when theta would be 1
     similarity: str = "ms_ssim"  # of two changes of the noise, see `detection.pairwise_similarity`
     num_inference_steps: int = 50  # of the schedule whose first timestep is used
     second_timestep: bool = False  # the authors' code evaluates the initial noise at the second timestep
@@ -243,15 +242,14 @@ def _rounds(pipe, prompt, layers, statistics, config):
     values = activations(pipe, encode_prompts(pipe, [prompt]), config.layers)
     values = {name: value[0].cpu() for name, value in values.items()}
     rounds = []
-    theta = config.first_theta
-    while theta > config.min_theta:
+    for k in range(config.rounds):
+        theta = max(config.min_theta, config.first_theta - k * config.theta_step)
         parts = []
         for name, value in values.items():
             off = (value - statistics.mean[name]).abs() / statistics.std[name] > theta
-            off[value.topk(min(len(rounds), len(value))).indices] = True  # k is the number of the round
+            off[value.topk(min(k, len(value))).indices] = True
             parts.append(off)
         rounds.append(torch.cat(parts))
-        theta -= config.theta_step
     return torch.stack(rounds)
 
 

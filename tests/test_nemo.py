@@ -183,6 +183,14 @@ def test_prompts_that_are_not_memorized_block_nothing(sd1):
     assert all(len(edit.masks) == 7 for edit in edits)
 
 
+def test_selection_goes_on_to_more_neurons_if_it_may(memorizing):
+    seen = []
+    longer = dataclasses.replace(CONFIG, rounds=19)
+    nemo.localize_each(memorizing, targets(SECRET), statistics_of(memorizing, tau=0.05), longer, callback=seen.append)
+    sizes = [d["blocked"] for d in seen if d["stage"] == "selection"]
+    assert len(sizes) == 19 and sizes == sorted(sizes)  # theta stays at 1, k grows
+
+
 def test_a_set_blocks_what_any_of_its_targets_needs(memorizing):
     statistics, two = statistics_of(memorizing, tau=0.45), targets(SECRET, "a dog on a car")
     each, both = (f(memorizing, two, statistics, CONFIG) for f in (nemo.localize_each, nemo.localize))
