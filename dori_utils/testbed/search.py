@@ -9,6 +9,7 @@ Shapes: N queries, M distinct training scenes.
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 
 from .data import TrainingSet, planned
@@ -37,11 +38,17 @@ def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> 
     key = {"what": "training thumbnails", "parts": training_set.parts, "seed": training_set.seed, "side": THUMBNAIL}
 
     def compute(cases: list[dict]) -> list[dict]:
-        scenes = ([training_set.scene(d) for d in chunks[case["chunk"]]] for case in cases)
-        return [{"thumbnails": np.stack([thumbnail(Image.fromarray(s.draw())) for s in chunk])} for chunk in scenes]
+        jobs = (delayed(_scene_thumbnails)(training_set, chunks[case["chunk"]]) for case in cases)
+        return [{"thumbnails": thumbnails} for thumbnails in Parallel(n_jobs=processes)(jobs)]
 
+    processes = cpu_count()
     cases = [{**key, "chunk": i} for i in range(len(chunks))]
-    return np.concatenate([c["thumbnails"] for c in store.map(cases, compute, desc="training set, in chunks")])
+    stored = store.map(cases, compute, batch_size=processes, desc="training set, in chunks")
+    return np.concatenate([case["thumbnails"] for case in stored])
+
+
+def _scene_thumbnails(training_set: TrainingSet, draws: np.ndarray) -> np.ndarray:
+    return np.stack([thumbnail(Image.fromarray(training_set.scene(draw).draw())) for draw in draws])
 
 
 def nearest_training_images(
