@@ -16,9 +16,10 @@ blocks of the U-Net; blocking it sets that output to zero, which is zeroing one 
 tau is the mean plus one standard deviation of first-step similarity over ordinary prompts (`collect_statistics`).
 
 The decisions are those of trying one set after the other, but sets do not go through the U-Net one by one. All targets
-search at once; each asks for several sets ahead, guessing that its next decisions will be like its last; and as one
-seed above tau decides against a set, the seed that was highest last time is tried before the others. Each set of a
-batch blocks its own neurons, by a hook (`blocked`).
+search at once; each asks for several sets ahead, guessing that its next decisions will be like its last; as one seed
+above tau decides against a set, the seed that was highest last time is tried before the others; and as refinement goes
+from the last layer to the first, the blocks of the U-Net before it are not run again, but give what they gave under the
+initial selection (`replayed`). Each set of a batch blocks its own neurons, by a hook (`blocked`).
 
 Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers, one after the other.
 """
@@ -234,6 +235,41 @@ def blocked(layers, sets):
             handle.remove()
 
 
+@contextmanager
+def recorded(blocks):
+    """Yields a list to which each block adds its output, a tensor or a nested tuple of tensors."""
+    outputs = []
+    handles = [block.register_forward_hook(lambda block, args, out: outputs.append(out)) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replayed(blocks, outputs):
+    """Within it these blocks do not run, but return the outputs given."""
+    for block, output in zip(blocks, outputs, strict=True):
+        block.forward = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _stacked(outputs):
+    """One output with a row for each of the given ones (without rows), whatever their nesting."""
+    if isinstance(outputs[0], tuple):
+        return tuple(_stacked(parts) for parts in zip(*outputs, strict=True))
+    return torch.stack(outputs)
+
+
+def _row(output, number):
+    return tuple(_row(part, number) for part in output) if isinstance(output, tuple) else output[number]
+
+
 # --- The search of one target, as a coroutine: it yields sets to judge and is sent their scores --------------------
 
 
@@ -254,13 +290,17 @@ def _rounds(pipe, prompt, layers, statistics, config):
 
 
 def _search(rounds, layers, tau, report):
-    """Yields (sets, threshold) and is sent their scores; returns the set (neurons,) that stays blocked."""
+    """Yields (sets, threshold, base) and is sent the sets' scores; returns the set (neurons,) that stays blocked.
+
+    base is a set that these and many later ones share their first layers with, or None.
+    """
     chosen, tau = yield from _select(rounds, tau, report)
     members = torch.arange(len(chosen)).split([layer.out_features for layer in layers.values()])
     whole = [layer for layer in reversed(members) if chosen[layer].any()]
-    chosen = yield from _unblock("layers", chosen, whole, tau, report)
+    selected = chosen
+    chosen = yield from _unblock("layers", chosen, whole, tau, selected, report)
     single = [neuron for layer in reversed(members) for neuron in layer[chosen[layer]].split(1)]
-    return (yield from _unblock("neurons", chosen, single, tau, report))
+    return (yield from _unblock("neurons", chosen, single, tau, selected, report))
 
 
 def _select(rounds, tau, report):
@@ -268,17 +308,17 @@ def _select(rounds, tau, report):
     position, ahead = 0, 1
     while position < len(rounds):
         sets = rounds[position : position + ahead]
-        scores = yield sets, tau
+        scores = yield sets, tau, None
         for candidate, score in zip(sets, scores, strict=True):
             report("selection", candidate, score, tau)
             if score < tau:
                 return candidate, tau
         position, ahead = position + len(sets), min(2 * ahead, MOST_AHEAD)
-    (score,) = yield rounds[-1:], float("inf")  # its score over all seeds
+    (score,) = yield rounds[-1:], float("inf"), None  # its score over all seeds
     return rounds[-1], score
 
 
-def _unblock(stage, chosen, groups, tau, report):
+def _unblock(stage, chosen, groups, tau, selected, report):
     """Unblock one group of neurons after the other, keeping it unblocked where the score stays below tau."""
     position, ahead, last = 0, 1, True
     while position < len(groups):
@@ -289,7 +329,7 @@ def _unblock(stage, chosen, groups, tau, report):
             candidate[group] = False
             sets.append(candidate)
             base = candidate if last else chosen
-        scores = yield torch.stack(sets), tau
+        scores = yield torch.stack(sets), tau, selected
         ahead = min(2 * ahead, MOST_AHEAD)
         for candidate, score in zip(sets, scores, strict=True):
             report(stage, candidate, score, tau)
@@ -319,23 +359,32 @@ class _Judge:
         self.compare = PAIRWISE[config.similarity][1]
         self.t = ddim(pipe, config.num_inference_steps).timesteps[int(config.second_timestep)]
         self.embeds, self.noise = encode_prompts(pipe, prompts), initial_latents(pipe, config.seeds)
+        unet = pipe.unet
+        self.blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+        inside = [[b for b, block in enumerate(self.blocks) if layer in block.modules()] for layer in layers.values()]
+        widths = torch.tensor([layer.out_features for layer in layers.values()])
+        self.block_of_neuron = torch.tensor(inside).flatten().repeat_interleave(widths)  # (neurons,)
+        self.recorded = {}  # target → base, and what every block gave under it: for each seed, for each block
         everything = torch.cartesian_prod(torch.arange(len(prompts)), torch.arange(len(self.noise)))
-        nothing = torch.zeros(len(everything), sum(layer.out_features for layer in layers.values()), dtype=torch.bool)
+        nothing = torch.zeros(len(everything), int(widths.sum()), dtype=torch.bool)
         self.unblocked = self._changes(everything, nothing).unflatten(0, (len(prompts), -1))  # (N, S, C, H, W)
         self.counted = [_counted_seeds(maps, tau, config.similarity) for maps in self.unblocked]
 
     def scores(self, requests):
-        """Target → (sets (M, neurons), threshold) to target → list of M scores.
+        """Target → (sets (M, neurons), threshold, base) to target → list of M scores.
 
         A score is the largest over the target's counted seeds, or, where one alone reaches the threshold, that one's.
         """
-        cases = [(i, off, threshold) for i, (sets, threshold) in requests.items() for off in sets]
+        for i, (_, _, base) in requests.items():
+            if base is not None and i not in self.recorded:
+                self.recorded[i] = base, self._record(i, base)
+        cases = [(i, off, threshold) for i, (sets, threshold, _) in requests.items() for off in sets]
         scores = [-float("inf")] * len(cases)
         self._raise(scores, cases, range(len(cases)), slice(1))
         undecided = [c for c, (_, _, threshold) in enumerate(cases) if scores[c] < threshold]
         self._raise(scores, cases, undecided, slice(1, None))
         scores = iter(scores)
-        return {i: [next(scores) for _ in sets] for i, (sets, _) in requests.items()}
+        return {i: [next(scores) for _ in sets] for i, (sets, _, _) in requests.items()}
 
     def _raise(self, scores, cases, chosen, seeds):
         """Take these of the counted seeds into the scores of the chosen cases."""
@@ -355,11 +404,28 @@ class _Judge:
 
     def _changes(self, rows, sets):
         """First-step changes (B, C, H, W) of rows (B, 2), target and seed, under sets (B, neurons)."""
-        parts = []
-        for row, off in zip(rows.split(self.batch_size), sets.split(self.batch_size), strict=True):
-            with blocked(self.layers, off):
+        known = torch.tensor([self._known_blocks(int(i), off) for i, off in zip(rows[:, 0], sets, strict=True)])
+        order, parts = known.argsort(stable=True), []
+        for batch in order.split(self.batch_size):
+            row, count = rows[batch], int(known[batch].min())
+            records = [self.recorded[i][1][seed][:count] if count else () for i, seed in row.tolist()]
+            outputs = [_stacked(of_rows) for of_rows in zip(*records, strict=True)]  # block by block
+            with blocked(self.layers, sets[batch]), replayed(self.blocks[:count], outputs):
                 parts.append(first_step_change(self.pipe, self.embeds[row[:, 0]], self.noise[row[:, 1]], self.t))
-        return torch.cat(parts)
+        return torch.cat(parts)[order.argsort()]
+
+    def _known_blocks(self, i, off):
+        """How many blocks, from the first, give under the set `off` what they gave when target i was recorded."""
+        if i not in self.recorded:
+            return 0
+        differs = self.block_of_neuron[off != self.recorded[i][0]]
+        return int(differs.min()) if len(differs) else len(self.blocks)
+
+    def _record(self, i, base):
+        count = len(self.noise)
+        with blocked(self.layers, base.expand(count, -1)), recorded(self.blocks) as outputs:
+            first_step_change(self.pipe, self.embeds[i].expand(count, -1, -1), self.noise, self.t)
+        return [[_row(output, seed) for output in outputs] for seed in range(count)]
 
 
 def _counted_seeds(maps, tau, similarity):

@@ -154,14 +154,29 @@ def test_each_row_of_a_batch_blocks_its_own_neurons(pipe):
     assert not any(layer._forward_hooks for layer in layers.values())
 
 
+@torch.no_grad()
+def test_blocks_give_what_was_recorded_without_running(pipe):
+    unet = pipe.unet
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    noise, embeds = initial_latents(pipe, [0, 1]), encode_prompts(pipe, ["a cat", "grapes"])
+    with nemo.recorded(blocks) as outputs:
+        expected = unet(noise, 500, encoder_hidden_states=embeds).sample
+    for count in (0, 2, 5, len(blocks)):
+        with nemo.replayed(blocks[:count], outputs[:count]), nemo.recorded(blocks) as ran:
+            torch.testing.assert_close(unet(noise, 500, encoder_hidden_states=embeds).sample, expected)
+        assert all(ours is theirs for ours, theirs in zip(ran[:count], outputs[:count], strict=True))
+    assert not any("forward" in vars(block) for block in blocks)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", [nemo.Config.layers, r"attn2\.to_v$"])
 @pytest.mark.parametrize("tau", [0.3, 0.45, 0.5, 0.7])  # from "selection gives up" to "a few neurons are enough"
-def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau):
+def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     prompts = [SECRET, "a dog on a car", "striped grapes and a violin"]
-    statistics = statistics_of(memorizing, tau)
-    edits = nemo.localize_each(memorizing, targets(*prompts), statistics, CONFIG, batch_size=7)
+    statistics, config = statistics_of(memorizing, tau), dataclasses.replace(CONFIG, layers=layers)
+    edits = nemo.localize_each(memorizing, targets(*prompts), statistics, config, batch_size=7)
     for prompt, edit in zip(prompts, edits, strict=True):
-        assert nemo.neurons(edit) == slow_localize(memorizing, prompt, statistics, CONFIG)
+        assert nemo.neurons(edit) == slow_localize(memorizing, prompt, statistics, config)
     assert sum(edits[0].sparsity().values()) > 0
 
 
