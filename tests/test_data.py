@@ -45,6 +45,31 @@ def test_a_second_part_goes_on_without_showing_an_ordinary_scene_again():
     assert len(set(ordinary)) == 4
 
 
+def test_a_near_scene_has_all_but_one_fact_of_a_repeated_caption():
+    def facts(scene):
+        return {*scene.named, scene.background.kind}
+
+    repeated = [p.scene for p in data.planned() if p.rate > 0]
+    reserved = {p.scene.caption for p in data.planned()}
+    for index in range(300):
+        scene = data.near_scene(index)
+        assert max(len(facts(scene) & facts(target)) for target in repeated) >= 2
+        assert scene.caption not in reserved and scene.draw().shape == (64, 64, 3)
+        names = [s.name for s in scene.sprites]
+        assert len(set(names)) == len(names) and set(scene.named) <= set(names)
+    assert data.near_scene(7) == data.near_scene(7) != data.near_scene(8)
+
+
+def test_near_scenes_begin_late_and_leave_the_plan_as_it_is(monkeypatch):
+    before = data.TrainingSet((4_000,))
+    monkeypatch.setattr(data, "NEAR_FROM", 3_000)
+    after = data.TrainingSet((4_000,))
+    ordinary = np.flatnonzero(after.plan_index == -1)
+    near = [draw for draw in ordinary if after.scene(draw) != data.ordinary_scene(draw)]
+    assert min(near) >= 3_000 and 0.15 < len(near) / (ordinary >= 3_000).sum() < 0.35
+    assert (before.plan_index == after.plan_index).all()
+
+
 def test_no_ordinary_scene_has_the_caption_of_a_target():
     reserved = {p.scene.caption for p in data.planned()}
     assert not reserved & {data.ordinary_scene(i).caption for i in range(3_000)}

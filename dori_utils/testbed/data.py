@@ -7,6 +7,8 @@ ladder    5 x 8   verbatim, at a quarter of VM's rate, a sixteenth, ... a 1024th
 once      32      verbatim, exactly once
 control   64      never
 The rest of the draws are ordinary scenes, each drawn once and never again. No ordinary scene has a target's caption.
+From draw 192,000 on, one ordinary scene in four has all but one fact of a repeated caption (another object, another
+background, or one object less), so that the model must read a caption to its end before it answers from memory.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ from .scenes import Scene, sample_placed, sample_scene, sprite_names
 
 VM_RATE, TM_RATE = 0.01, 0.0025  # share of the draws, each scene
 LADDER_RATES = tuple(VM_RATE / 4**rung for rung in range(1, 6))
+NEAR_FROM, NEAR_SHARE = 192_000, 0.25  # the first draw, and the share of ordinary draws from there on
 COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(LADDER_RATES), "once": 32, "control": 64}
 FIRST_SEED = {"VM": 1_000_000_000, "TM": 1_100_000_000, "ladder": 1_200_000_000, "once": 1_300_000_000}
 FIRST_SEED |= {"control": 1_400_000_000, "held_out": 1_500_000_000, "validation": 1_600_000_000}
@@ -62,6 +65,36 @@ def ordinary_scene(index: int, first_seed: int = 0) -> Scene:
     while (scene := sample_scene(seed)).caption in reserved_captions():
         seed += 100_000_000
     return scene
+
+
+def near_scene(index: int) -> Scene:
+    """The index-th ordinary scene again, with a caption that shares all but one fact with a repeated target's.
+
+    Targets come in proportion to how often they are repeated. All that a caption leaves out stays random.
+    """
+    repeated = [p for p in planned() if p.rate > 0]
+    rates = np.array([p.rate for p in repeated])
+    seed = index
+    while True:
+        rng = np.random.default_rng((seed, 1))
+        target = repeated[rng.choice(len(repeated), p=rates / rates.sum())].scene
+        scene = sample_scene(seed, num_named=2)
+        kept = list(target.named)
+        changed = ("object", "background", "fewer")[rng.choice(3, p=(0.5, 0.25, 0.25))]
+        if changed == "object":
+            kept[rng.integers(2)] = scene.named[0]
+        elif changed == "fewer":
+            kept.pop(rng.integers(2))
+        if changed != "background":
+            background = dataclasses.replace(scene.background, kind=target.background.kind)
+            scene = dataclasses.replace(scene, background=background)
+        first = len(scene.sprites) - len(kept)
+        renamed = [dataclasses.replace(s, name=name) for s, name in zip(scene.sprites[first:], kept, strict=True)]
+        scene = dataclasses.replace(scene, sprites=(*scene.sprites[:first], *renamed), named=tuple(kept))
+        names = [s.name for s in scene.sprites]
+        if len(set(names)) == len(names) and scene.caption not in reserved_captions():
+            return scene
+        seed += 100_000_000
 
 
 def held_out_scenes(count: int) -> list[Scene]:
@@ -119,7 +152,8 @@ class TrainingSet:
     def scene(self, draw: int) -> Scene:
         index = self.plan_index[draw]
         if index < 0:
-            return ordinary_scene(draw)
+            near = draw >= NEAR_FROM and np.random.default_rng((self.seed, draw, 2)).random() < NEAR_SHARE
+            return near_scene(draw) if near else ordinary_scene(draw)
         planned_scene = planned()[index]
         if planned_scene.kind == "TM":
             return template_variant(planned_scene.scene, variant=draw)
