@@ -35,7 +35,8 @@ def cached_generate(pipe, prompts, seeds, preset, store, edits=None) -> list[lis
 
 def _generated(pipe, prompts, seeds, preset, store, edits=None) -> list[dict]:
     edits = edits or [None] * len(prompts)
-    by_fingerprint = {edit.fingerprint(): edit for edit in edits if edit}
+    fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit}  # once for an edit that prompts share
+    by_fingerprint = {fingerprint: edit for edit, fingerprint in fingerprints.items()}
 
     def compute(cases: list[dict]) -> list[dict]:
         chosen = [by_fingerprint.get(case.get("edit")) for case in cases]
@@ -44,7 +45,7 @@ def _generated(pipe, prompts, seeds, preset, store, edits=None) -> list[dict]:
         return [{"images": np.stack([np.asarray(image) for image in row])} for row in images]
 
     config = {"what": "generate", "seeds": list(seeds), **preset.sampling}
-    cases = [{"prompt": p} | ({"edit": e.fingerprint()} if e else {}) for p, e in zip(prompts, edits, strict=True)]
+    cases = [{"prompt": p} | ({"edit": fingerprints[e]} if e else {}) for p, e in zip(prompts, edits, strict=True)]
     return _timed_cases(pipe, cases, config, compute, store)
 
 
@@ -65,11 +66,10 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
         "noise magnitude": (noise_magnitude, {}, 2),
         "first-step similarity": (first_step_similarity, {"pairwise": preset.pairwise}, 1),
     }
-    rows = []
+    rows, prompt_cases = [], [{"prompt": prompt} for prompt in prompts]
     for name, (function, own, evaluations) in detectors.items():
         config = {"what": name, "seeds": list(preset.detection_seeds), "steps": steps, **own}
         detector = partial(function, pipe, **settings, **own)
-        prompt_cases = [{"prompt": prompt} for prompt in prompts]
         cases = _timed_cases(pipe, prompt_cases, config, partial(_detector_scores, detector), store)
         cost = evaluations * len(preset.detection_seeds)
         rows += [_detected(p, name, c["score"], cost, c["seconds"]) for p, c in zip(prompts, cases, strict=True)]

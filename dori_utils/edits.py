@@ -64,14 +64,13 @@ class Edit:
 
     def fingerprint(self):
         """16 hex characters that change with any bit of what is zeroed or added, and with nothing else."""
-        digest = hashlib.sha256(self.model.encode())
-        for kind, tensors in (("mask", self.masks), ("delta", self.deltas)):
-            for name, tensor in sorted(tensors.items()):
-                bits = (
-                    _pack(tensor) if kind == "mask" else tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-                )
-                digest.update(f"\n{kind} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(bits.numpy())
+        shapes = [(name, tuple(mask.shape)) for name, mask in sorted(self.masks.items())]  # packed bits have lost them
+        digest = hashlib.sha256(f"{self.model} {shapes}".encode())
+        arrays = self.to_arrays()
+        del arrays["about"]
+        for name, array in sorted(arrays.items()):
+            digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
     @classmethod
@@ -100,7 +99,7 @@ class Edit:
         """Named arrays that hold all of it, masks as single bits; for `Store`, and what `save` writes."""
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         about = {"method": self.method, "model": self.model, "config": self.config, "targets": self.targets}
-        arrays = {f"mask {name}": _pack(mask).numpy() for name, mask in self.masks.items()}
+        arrays = {f"mask {name}": _pack(mask) for name, mask in self.masks.items()}
         arrays |= {f"delta {name}": delta.detach().cpu().contiguous().numpy() for name, delta in self.deltas.items()}
         return {"about": np.array(json.dumps(about | {"shapes": shapes})), **arrays}
 
@@ -158,20 +157,16 @@ def applied(pipe, edit):
     if edit is None:
         yield pipe
         return
-    unet, base = pipe.unet, base_hash(pipe)
-    changed = _changed_parameters(unet, edit, base)
-    originals = {name: parameter.detach().clone() for name, parameter in changed.items()}
-    outermost = unet not in _BASE
-    _BASE[unet] = base
-    try:
-        _change(changed, edit)
-        yield pipe
-    finally:
-        with torch.no_grad():
-            for name, parameter in changed.items():
-                parameter.copy_(originals[name])
-        if outermost:
-            del _BASE[unet]
+    with known_base(pipe) as base:
+        changed = _changed_parameters(pipe.unet, edit, base)
+        originals = {name: parameter.detach().clone() for name, parameter in changed.items()}
+        try:
+            _change(changed, edit)
+            yield pipe
+        finally:
+            with torch.no_grad():
+                for name, parameter in changed.items():
+                    parameter.copy_(originals[name])
 
 
 @contextmanager
@@ -181,17 +176,20 @@ def applied_by_row(pipe, edits):
     So B cases with different edits go through the U-Net together, twice each (k = 2) under guidance. The weights of the
     model stay as they are; its linear layers compute with edited copies.
 
+    Rows that all have the same edit, or none, need no copies: that is `applied`.
+
     Args:
         edits: list of B edits, or None for rows without.
 
     Raises:
-        ValueError: an edit of another model, or one of layers that are not linear (for those there is `applied`).
+        ValueError: an edit of another model, or rows that differ in layers that are not linear.
     """
-    if not any(edits):
-        yield pipe
-        return
-    base, unet = base_hash(pipe), pipe.unet
     distinct = list(dict.fromkeys(edits))  # by identity
+    if len(distinct) == 1:
+        with applied(pipe, distinct[0]):
+            yield pipe
+        return
+    unet, base = pipe.unet, base_hash(pipe)
     changed = [{} if edit is None else _changed_parameters(unet, edit, base) for edit in distinct]
     row_edit = torch.tensor([distinct.index(edit) for edit in edits])
     rows = [(row_edit == e).nonzero()[:, 0] for e in range(len(distinct))]
@@ -233,6 +231,18 @@ def _forward_by_row(weights, rows, count, inputs):
 def base_hash(pipe):
     """`model_hash` of the pipeline as it is without the edits that are applied at the moment."""
     return _BASE.get(pipe.unet) or model_hash(pipe)
+
+
+@contextmanager
+def known_base(pipe):
+    """Yields `base_hash`, and within it that is not computed again: hashing a large model takes seconds."""
+    outermost = pipe.unet not in _BASE
+    _BASE[pipe.unet] = base = base_hash(pipe)
+    try:
+        yield base
+    finally:
+        if outermost:
+            del _BASE[pipe.unet]
 
 
 def union(edits):
@@ -322,7 +332,7 @@ def _change(parameters, edit):
 
 
 def _pack(mask):
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+    return np.packbits(mask.cpu().numpy().ravel())
 
 
 def _unpack(bits, shape):

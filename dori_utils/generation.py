@@ -11,11 +11,12 @@ Shapes: N cases; T tokens and D channels of an embedding; C, H, W of a latent; p
 """
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from tqdm.auto import tqdm
 
-from .edits import applied_by_row
+from .edits import applied_by_row, known_base
 
 # CPU: 16 testbed images (16 x 16 latents), or one of Stable Diffusion (64 x 64).
 LATENT_PIXELS_PER_CPU_BATCH = 4096
@@ -46,8 +47,8 @@ def generate(
         seeds: S integers; a seed is the same initial noise for every prompt.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 or less goes without it.
-        edits: one `Edit` or None for each prompt, under which its images are generated; default: none. An edit that all
-            share, or one of convolutions, is for `edits.applied` around the call.
+        edits: one `Edit` or None for each prompt, under which its images are generated; default: none. Where prompts of
+            one batch have different ones, those can only be of linear layers.
         batch_size: images that go through the U-Net together; default: what fits the device's memory.
         truncate: cut prompts that are too long (with a warning) instead of raising.
         progress: show a progress bar.
@@ -74,7 +75,8 @@ def generate(
     steps = len(_scheduler(pipe, num_inference_steps).timesteps)  # PNDM takes more than num_inference_steps
 
     images = []
-    with tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress) as bar:
+    bar = tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress)
+    with bar, known_base(pipe) if any(edits) else nullcontext():
         for batch in batches:
             rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
             with applied_by_row(pipe, [edits[row] for row in rows]):

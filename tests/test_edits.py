@@ -184,8 +184,12 @@ def test_gradients_reach_the_embeddings_through_edits_by_row(sd1):
 
 def test_rows_cannot_differ_in_convolutions(sd1):
     edit = Edit("fine-tuning", base_hash(sd1), deltas={"conv_in.bias": torch.ones(8)})
-    with pytest.raises(ValueError, match="conv_in is a Conv2d"), applied_by_row(sd1, [edit]):
+    with pytest.raises(ValueError, match="conv_in is a Conv2d"), applied_by_row(sd1, [edit, None]):
         pass
+    before = sd1.unet.conv_in.bias.clone()
+    with applied_by_row(sd1, [edit, edit]):  # rows that do not differ may
+        torch.testing.assert_close(sd1.unet.conv_in.bias, before + 1)
+    assert torch.equal(sd1.unet.conv_in.bias, before)
 
 
 def test_a_fingerprint_is_of_the_weights_alone(sd1):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
-from dori_utils import generation
+from dori_utils import edits, generation
 from dori_utils.edits import Edit, applied
 from dori_utils.generation import decode, denoise, encode_prompts, generate, initial_latents
 from dori_utils.models import model_hash
@@ -163,6 +163,17 @@ def test_images_of_one_batch_have_their_own_edits(pipe):
     assert abs(mixed[0] - edited[0]).max() <= 1 and abs(mixed[1] - plain[1]).max() <= 1
     with pytest.raises(ValueError, match="1 edits for 2 prompts"):
         generate(pipe, PROMPTS, edits=[edit], **QUICK)
+
+
+def test_the_model_is_hashed_once_for_all_batches(sd1, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(edits, "model_hash", lambda pipe: hashed.append(pipe) or model_hash(pipe))
+    name = next(n for n, _ in sd1.unet.named_parameters() if n.endswith("attn2.to_v.weight"))
+    edit = Edit("rows", model_hash(sd1), masks={name: torch.ones(1, 1, dtype=torch.bool)})
+    generate(sd1, PROMPTS, seeds=[0, 1], edits=[edit, None], batch_size=1, **QUICK)
+    assert len(hashed) == 1
+    generate(sd1, PROMPTS, seeds=[0], **QUICK)
+    assert len(hashed) == 1  # without edits not at all
 
 
 def test_embeddings_of_a_prompt_give_the_images_of_the_prompt(pipe):
