@@ -26,7 +26,7 @@ Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers,
 
 import hashlib
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -190,8 +190,8 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
         FloatingPointError: a score is not a number.
     """
     config = config or Config()
-    layers = value_layers(pipe.unet, config.layers)
-    _check_statistics(pipe, layers, statistics)
+    layers, base = value_layers(pipe.unet, config.layers), base_hash(pipe)
+    _check_statistics(base, layers, statistics)
     judge = _Judge(pipe, [target.prompt for target in targets], layers, statistics.tau, config, batch_size)
     searches = {}
     for i, target in enumerate(targets):
@@ -212,7 +212,7 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
                     found[i] = end.value
                     del requests[i]
                     bar.update()
-    return [_edit(pipe, target, found[i], layers, statistics, config) for i, target in enumerate(targets)]
+    return [_edit(base, target, found[i], layers, statistics, config) for i, target in enumerate(targets)]
 
 
 def neurons(edit):
@@ -224,27 +224,22 @@ def neurons(edit):
 def blocked(layers, sets):
     """Within it row i of a batch runs with the neurons sets[i] blocked: (B, neurons) bool over all layers."""
     widths = [layer.out_features for layer in layers.values()]
-    handles = []
-    for layer, off in zip(layers.values(), sets.split(widths, dim=1), strict=True):
-        off = off[:, None].to(layer.weight.device)  # (B, 1, neurons of the layer)
-        handles.append(layer.register_forward_hook(lambda layer, args, out, off=off: out.masked_fill(off, 0)))
-    try:
+    with ExitStack() as hooks:
+        for layer, off in zip(layers.values(), sets.split(widths, dim=1), strict=True):
+            off = off[:, None].to(layer.weight.device)  # (B, 1, neurons of the layer)
+            hook = layer.register_forward_hook(lambda layer, args, out, off=off: out.masked_fill(off, 0))
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def recorded(blocks):
     """Yields a list to which each block adds its output, a tensor or a nested tuple of tensors."""
     outputs = []
-    handles = [block.register_forward_hook(lambda block, args, out: outputs.append(out)) for block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda block, args, out: outputs.append(out)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -436,10 +431,10 @@ def _counted_seeds(maps, tau, similarity):
     return [int(seed) for seed in highest.argsort(descending=True) if highest[seed] > tau]
 
 
-def _check_statistics(pipe, layers, statistics):
-    if statistics.model not in (None, base_hash(pipe)):
+def _check_statistics(base, layers, statistics):
+    if statistics.model not in (None, base):
         raise ValueError(
-            f"These statistics are of a model with the hash {statistics.model}, this one's is {base_hash(pipe)}. "
+            f"These statistics are of a model with the hash {statistics.model}, this one's is {base}. "
             "Collect them for this one: nemo.collect_statistics(pipe, ordinary_prompts)."
         )
     for name, layer in layers.items():
@@ -447,7 +442,7 @@ def _check_statistics(pipe, layers, statistics):
             raise ValueError(f"These statistics have no layer {name} of {layer.out_features} neurons.")
 
 
-def _edit(pipe, target, chosen, layers, statistics, config):
+def _edit(base, target, chosen, layers, statistics, config):
     parts = chosen.split([layer.out_features for layer in layers.values()])
     masks = {f"{name}.weight": off[:, None] for name, off in zip(layers, parts, strict=True)}
-    return Edit("NeMo", base_hash(pipe), asdict(config) | {"tau": statistics.tau}, [target.id], masks)
+    return Edit("NeMo", base, asdict(config) | {"tau": statistics.tau}, [target.id], masks)

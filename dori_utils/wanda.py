@@ -18,7 +18,7 @@ Shapes: N prompts, S seeds, K steps; a layer's weight W (rows, columns), its inp
 """
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -50,10 +50,9 @@ class Config:
 def localize(pipe, targets, config=None, **kwargs):
     """One edit for a set of targets together: norms over the prompts of all of them. See `localize_each`."""
     config = config or Config()
-    norms = activation_norms(pipe, [target.prompt for target in targets], config, **kwargs)
+    norms, empty = _norms(pipe, targets, config, **kwargs)
     together = {name: layer.mean(dim=0) for name, layer in norms.items()}  # (N, K, columns) → (K, columns)
-    empty = activation_norms(pipe, [""], config, progress=False)
-    return _edit(pipe, together, {name: layer[0] for name, layer in empty.items()}, targets, config)
+    return _edit(pipe, base_hash(pipe), together, empty, targets, config)
 
 
 def localize_each(pipe, targets, config=None, **kwargs):
@@ -69,13 +68,19 @@ def localize_each(pipe, targets, config=None, **kwargs):
         List of N edits.
     """
     config = config or Config()
-    norms = activation_norms(pipe, [target.prompt for target in targets], config, **kwargs)
-    empty = activation_norms(pipe, [""], config, progress=False)
-    empty = {name: layer[0] for name, layer in empty.items()}
+    norms, empty = _norms(pipe, targets, config, **kwargs)
+    base = base_hash(pipe)
     return [
-        _edit(pipe, {name: layer[i] for name, layer in norms.items()}, empty, [target], config)
+        _edit(pipe, base, {name: layer[i] for name, layer in norms.items()}, empty, [target], config)
         for i, target in enumerate(targets)
     ]
+
+
+def _norms(pipe, targets, config, **kwargs):
+    """Of each target's prompt (N, K, columns), and of the empty one (K, columns), both by layer name."""
+    norms = activation_norms(pipe, [target.prompt for target in targets], config, **kwargs)
+    empty = activation_norms(pipe, [""], config, progress=False)
+    return norms, {name: layer[0] for name, layer in empty.items()}
 
 
 def localized_layers(unet, pattern=Config.layers):
@@ -156,13 +161,13 @@ def pruning_mask(weight, norms, empty, sparsity):
     return mask
 
 
-def _edit(pipe, norms, empty, targets, config):
+def _edit(pipe, base, norms, empty, targets, config):
     layers = localized_layers(pipe.unet, config.layers)
     masks = {
         f"{name}.weight": pruning_mask(layer.weight, norms[name], empty[name], config.sparsity).cpu()
         for name, layer in layers.items()
     }
-    return Edit("Wanda", base_hash(pipe), asdict(config), [target.id for target in targets], masks)
+    return Edit("Wanda", base, asdict(config), [target.id for target in targets], masks)
 
 
 @contextmanager
@@ -181,9 +186,7 @@ def _recorded(layers, count):
 
         return record
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(hook(name)))
         yield records
-    finally:
-        for handle in handles:
-            handle.remove()
