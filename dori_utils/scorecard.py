@@ -121,9 +121,10 @@ def ordinary_copies():
     """Share of generations for ordinary captions with an SSCD above 0.7 to any training image."""
     images = [image for row in ordinary_images(held_out_scenes(50)) for image in row]
     nearest = nearest_training_images(images, unet_training_set(), default_store(), load_sscd(), PRESET.sscd_transform)
-    copies = int((nearest["sscd"] > metrics.THRESHOLD).sum())
-    low, high = metrics.share_interval(copies, len(images))
-    return copies / len(images), f"{copies} of {len(images)}, 95% {low:.3f} to {high:.3f}"
+    copied = (nearest["sscd"] > metrics.THRESHOLD).to_numpy().reshape(-1, len(PRESET.seeds))  # (captions, seeds)
+    low, high = metrics.share_interval(copied.sum(), copied.size)
+    captions = int(copied.any(axis=1).sum())
+    return copied.mean(), f"{copied.sum()} of {copied.size}, from {captions} captions, 95% {low:.3f} to {high:.3f}"
 
 
 def weights_megabytes():
