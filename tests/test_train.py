@@ -2,6 +2,7 @@
 
 import csv
 
+import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -69,6 +70,25 @@ def test_timesteps_cover_the_schedule_evenly():
     assert sorted((timesteps // 20).tolist()) == list(range(50))
 
 
+def test_some_samples_are_noise_alone_at_the_last_timestep():
+    latents = torch.full((400, 8, 4, 4), 5.0)
+    scheduler = train.new_scheduler()
+    noisy, timesteps, velocity, alone = train.noised(scheduler, latents, torch.Generator().manual_seed(0), 0.25)
+    assert 60 < alone.sum() < 140
+    assert (timesteps[alone] == 999).all() and (timesteps[~alone] < 999).any()
+    assert abs(noisy[alone].mean()) < 0.15  # nothing of the 5 is left, of which the schedule would leave 0.34
+    signal, noise = scheduler.alphas_cumprod[999] ** 0.5, (1 - scheduler.alphas_cumprod[999]) ** 0.5
+    torch.testing.assert_close(velocity[alone], signal * noisy[alone] - noise * 5.0)
+
+
+def test_without_a_share_no_sample_is_noise_alone():
+    latents = torch.full((400, 8, 4, 4), 5.0)
+    generator = torch.Generator().manual_seed(0)
+    noisy, timesteps, _, alone = train.noised(train.new_scheduler(), latents, generator, 0.0)
+    assert not alone.any()
+    assert noisy[timesteps > 990].mean() > 0.25
+
+
 def test_unet_has_the_topology_of_stable_diffusion():
     names = [name for name, _ in train.new_unet().named_modules()]
     value = [n for n in names if n.endswith("attn2.to_v") and not n.startswith("up_blocks")]
@@ -77,8 +97,9 @@ def test_unet_has_the_topology_of_stable_diffusion():
 
 
 @pytest.mark.slow
-def test_the_unet_is_trained_in_two_parts_and_the_second_starts_where_the_first_ended(tmp_path, monkeypatch):
-    short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3), "unet_again": Stage(steps=3, batch_size=32, lr=0.0)}
+def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_path, monkeypatch):
+    short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3)}
+    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_again", "unet_noise")}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
     tokenizer = train.new_tokenizer()
     text_encoder = train.new_clip(tokenizer).text_model
@@ -86,7 +107,9 @@ def test_the_unet_is_trained_in_two_parts_and_the_second_starts_where_the_first_
     first = torch.load(tmp_path / "unet.pt", weights_only=True)["average"]
     for name, weight in unet.state_dict().items():  # a learning rate of zero: what the first part left
         torch.testing.assert_close(weight, first[name])
-    assert len((tmp_path / "unet_again.csv").read_text().splitlines()) == 2
+    logs = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("unet_again", "unet_noise")]
+    assert [len(log) for log in logs] == [1, 1]
+    assert logs[0]["repeated, from noise"].isna().all()
 
 
 @pytest.mark.slow
