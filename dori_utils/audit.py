@@ -16,7 +16,7 @@ from . import __version__
 from .detection import first_step_similarity, noise_magnitude, seed_diversity
 from .edits import Edit, base_hash
 from .generation import generate
-from .metrics import bootstrap_interval, memorization_rate
+from .metrics import bootstrap_interval, frechet_distance, memorization_rate
 from .models import model_hash
 from .similarity import load_sscd
 
@@ -33,20 +33,39 @@ def cached_generate(pipe, prompts, seeds, preset, store, edits=None) -> list[lis
     return _images(_generated(pipe, prompts, seeds, preset, store, edits))
 
 
-def _generated(pipe, prompts, seeds, preset, store, edits=None) -> list[dict]:
-    edits = edits or [None] * len(prompts)
-    fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit}  # once for an edit that prompts share
-    by_fingerprint = {fingerprint: edit for edit, fingerprint in fingerprints.items()}
+def cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits=None) -> np.ndarray:
+    """SSCD features (N, S, D) of what `cached_generate` gives for the same arguments, also one case for each prompt."""
+    config = {"what": "SSCD", "sscd": sscd.name, "transform": preset.sscd_transform}
+    cases, by_fingerprint = _cases(prompts, seeds, preset, edits)
 
     def compute(cases: list[dict]) -> list[dict]:
-        chosen = [by_fingerprint.get(case.get("edit")) for case in cases]
-        prompts = [case["prompt"] for case in cases]
+        prompts, chosen = [case["prompt"] for case in cases], [by_fingerprint[case["edit"]] for case in cases]
+        images = cached_generate(pipe, prompts, seeds, preset, store, chosen)
+        return [{"features": row} for row in sscd.embed_rows(images, preset.sscd_transform, progress=False)]
+
+    results = _timed_cases(pipe, [case | config for case in cases], compute, store)
+    return np.stack([result["features"] for result in results])
+
+
+def _generated(pipe, prompts, seeds, preset, store, edits=None) -> list[dict]:
+    cases, by_fingerprint = _cases(prompts, seeds, preset, edits)
+
+    def compute(cases: list[dict]) -> list[dict]:
+        chosen, prompts = [by_fingerprint[case["edit"]] for case in cases], [case["prompt"] for case in cases]
         images = generate(pipe, prompts, seeds=seeds, edits=chosen, **preset.sampling, progress=False)
         return [{"images": np.stack([np.asarray(image) for image in row])} for row in images]
 
-    config = {"what": "generate", "seeds": list(seeds), **preset.sampling}
-    cases = [{"prompt": p} | ({"edit": fingerprints[e]} if e else {}) for p, e in zip(prompts, edits, strict=True)]
-    return _timed_cases(pipe, cases, config, compute, store)
+    return _timed_cases(pipe, [case | {"what": "generate"} for case in cases], compute, store)
+
+
+def _cases(prompts, seeds, preset, edits) -> tuple[list[dict], dict]:
+    """What a generation of each prompt depends on, beside the model, and fingerprint → edit."""
+    edits = edits or [None] * len(prompts)
+    fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit}  # once for an edit that prompts share
+    fingerprints[None] = None
+    about = {"seeds": list(seeds), **preset.sampling}
+    cases = [about | {"prompt": p, "edit": fingerprints[e]} for p, e in zip(prompts, edits, strict=True)]
+    return cases, {fingerprint: edit for edit, fingerprint in fingerprints.items()}
 
 
 def _images(cases: list[dict]) -> list[list[Image.Image]]:
@@ -70,7 +89,7 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
     for name, (function, own, evaluations) in detectors.items():
         config = {"what": name, "seeds": list(preset.detection_seeds), "steps": steps, **own}
         detector = partial(function, pipe, **settings, **own)
-        cases = _timed_cases(pipe, prompt_cases, config, partial(_detector_scores, detector), store)
+        cases = _timed_cases(pipe, [case | config for case in prompt_cases], partial(_detector_scores, detector), store)
         cost = evaluations * len(preset.detection_seeds)
         rows += [_detected(p, name, c["score"], cost, c["seconds"]) for p, c in zip(prompts, cases, strict=True)]
 
@@ -98,7 +117,7 @@ def _detector_scores(detector, cases: list[dict]) -> list[dict]:
     return [{"score": score} for score in detector([case["prompt"] for case in cases])]
 
 
-def _timed_cases(pipe, cases: list[dict], config: dict, compute, store) -> list[dict]:
+def _timed_cases(pipe, cases: list[dict], compute, store) -> list[dict]:
     """Cases of the store, computed in batches; `seconds` of a result is its share of its batch's time."""
 
     def timed(chosen: list[dict]) -> list[dict]:
@@ -107,22 +126,24 @@ def _timed_cases(pipe, cases: list[dict], config: dict, compute, store) -> list[
         seconds = (time.perf_counter() - start) / len(chosen)
         return [{**result, "seconds": seconds} for result in results]
 
-    config = {**config, "model": model_hash(pipe)}
-    cases = [{**config, **case} for case in cases]
-    return store.map(cases, timed, batch_size=max(1, 32 // len(config["seeds"])), desc=config["what"])
+    model = model_hash(pipe)
+    batch_size = max(1, 32 // len(cases[0]["seeds"]))
+    return store.map([case | {"model": model} for case in cases], timed, batch_size=batch_size, desc=cases[0]["what"])
 
 
-def audit(pipe, targets, preset, store, sscd=None, edits=None) -> pd.DataFrame:
+def audit(pipe, targets, preset, store, sscd=None, edits=None, clip=None) -> pd.DataFrame:
     """Generate every target's prompt, under every mitigation, and compare with its image.
 
     Args:
         edits: mitigation's name → one `Edit` for all targets, a list with one for each, or None for the model as it
             is; default: {"none": None}.
+        clip: of `metrics.load_clip`, for the column alignment.
 
     Returns:
-        Rows (mitigation, target, prompt, kind, duplicates, seed, sscd, sscd_gen): sscd is SSCD_Orig of that target and
-        seed, sscd_gen the same image's similarity to the one without mitigation. `attrs` of the table says what made
-        it: model, weights, SSCD, transform, sampling, version.
+        Rows (mitigation, target, prompt, kind, duplicates, seed, sscd, sscd_gen, d_sscd, alignment). Of that target and
+        seed, sscd is SSCD_Orig; sscd_gen its generation's similarity to the one without mitigation; d_sscd that to the
+        other seeds' generations, so that its mean is D_SSCD (NaN for a single seed); alignment A_CLIP, if `clip` is
+        given. `attrs` of the table says what made it: model, weights, SSCD, transform, sampling, version.
 
     Raises:
         ValueError: a list of edits that is not as long as the targets.
@@ -130,23 +151,66 @@ def audit(pipe, targets, preset, store, sscd=None, edits=None) -> pd.DataFrame:
     sscd = sscd or load_sscd()
     prompts = [target.prompt for target in targets]
     originals = sscd.embed([target.image for target in targets], preset.sscd_transform)  # (N, D)
+    texts = None if clip is None else clip.embed_texts(prompts)
 
-    def generated(each):  # (N, S, D)
-        images = cached_generate(pipe, prompts, preset.seeds, preset, store, each)
-        return sscd.embed_rows(images, preset.sscd_transform)
+    def columns(each):  # name → (N, S)
+        ours = cached_embeddings(pipe, prompts, preset.seeds, preset, store, sscd, each)  # (N, S, D)
+        others = ours.sum(axis=1, keepdims=True) - ours
+        scores = {
+            "sscd": np.einsum("nsd,nd->ns", ours, originals),
+            "sscd_gen": np.einsum("nsd,nsd->ns", ours, plain),
+            "d_sscd": np.einsum("nsd,nsd->ns", ours, others) / (seeds - 1 or np.nan),
+        }
+        if clip is not None:
+            images = cached_generate(pipe, prompts, preset.seeds, preset, store, each)
+            scores["alignment"] = _alignments(images, texts, clip)
+        return scores
 
-    plain, rows = generated(None), []
+    seeds = len(preset.seeds)
+    plain, rows = cached_embeddings(pipe, prompts, preset.seeds, preset, store, sscd), []
     for name, edit in (edits or {"none": None}).items():
-        ours = plain if edit is None else generated(_one_for_each(edit, targets, name))
-        scores, scores_gen = np.einsum("nsd,nd->ns", ours, originals), np.einsum("nsd,nsd->ns", ours, plain)
+        scores = columns(None if edit is None else _one_for_each(edit, targets, name))
         for i, target in enumerate(targets):
             about = {"mitigation": name, "target": target.id, "prompt": target.prompt, "kind": target.kind}
             about |= {"duplicates": target.duplicates}
             for j, seed in enumerate(preset.seeds):
-                rows.append(about | {"seed": seed, "sscd": float(scores[i, j]), "sscd_gen": float(scores_gen[i, j])})
+                rows.append(about | {"seed": seed} | {column: float(of[i, j]) for column, of in scores.items()})
     table = pd.DataFrame(rows)
     table.attrs = provenance(pipe, preset, sscd)
     return table
+
+
+def _alignments(images, texts, clip) -> np.ndarray:
+    """A_CLIP (N, S) of N lists of S images with N captions' embeddings (N, D)."""
+    return np.stack([clip.embed_images(row) @ text for row, text in zip(images, texts, strict=True)])
+
+
+def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.DataFrame:
+    """What mitigations cost prompts that nobody wanted changed.
+
+    Args:
+        captions: C ordinary prompts.
+        reference: PIL images that the generations should be distributed like, such as real ones of these captions.
+        clip: of `metrics.load_clip`.
+        edits: as `audit` takes them; of a list of K edits, each made for another target, caption i gets number i % K.
+
+    Returns:
+        A row for each mitigation: alignment, mean A_CLIP of C captions; change, its difference to the same captions and
+        seeds without mitigation, with a 95% interval over captions (low, high); frechet, the Fréchet distance of CLIP's
+        image features to the reference's, images one for each caption and seed: compare only rows of one table.
+    """
+    features, texts, rows = clip.embed_images(reference), clip.embed_texts(captions), []
+    plain = _alignments(cached_generate(pipe, captions, preset.seeds, preset, store), texts, clip).mean(axis=1)
+    for name, edit in edits.items():
+        each = edit if isinstance(edit, list | tuple) else [edit]
+        each = [each[i % len(each)] for i in range(len(captions))]
+        images = cached_generate(pipe, captions, preset.seeds, preset, store, each)
+        ours = _alignments(images, texts, clip).mean(axis=1)
+        low, high = bootstrap_interval(ours - plain)
+        row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean(), "low": low, "high": high}
+        flat = [image for of_caption in images for image in of_caption]
+        rows.append(row | {"frechet": frechet_distance(clip.embed_images(flat), features)})
+    return pd.DataFrame(rows)
 
 
 def _one_for_each(edit, targets, name) -> list:

@@ -39,7 +39,8 @@ def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=N
         name_or_path: a key of `MODELS`, a folder in diffusers' layout, or a Hub id "owner/name". A key wins over a
             folder of the same name; write "./sd14" for the folder.
         device: where to put it; default: the best one that there is (`default_device`).
-        dtype: of the weights; default: float16 on CUDA, float32 elsewhere.
+        dtype: of the weights; default: float16 on CUDA, float32 elsewhere, and everywhere for the testbed, which is
+            small: so its hash, and with it edits and NeMo's statistics, are the same on every device.
         revision: branch, tag or commit of a Hub model.
         local_files_only: never use the network; take a Hub model from the local cache.
 
@@ -55,8 +56,8 @@ def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=N
         from diffusers import StableDiffusionPipeline
 
     device = torch.device(device) if device is not None else default_device()
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     folder = _locate(name_or_path, revision, local_files_only)
+    dtype = dtype or (torch.float16 if device.type == "cuda" and folder != TESTBED else torch.float32)
     _check_files(folder)
     try:
         with _quiet():

@@ -6,6 +6,8 @@ where nobody published it, our choice and why.
 
 from dataclasses import dataclass
 
+from . import nemo, wanda
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -18,6 +20,8 @@ class Preset:
     sscd_transform: str  # a name in similarity.TRANSFORMS
     detection_seeds: tuple[int, ...]  # of first-step similarity and noise magnitude
     pairwise: str  # how first-step similarity compares seeds, see detection.pairwise_similarity
+    nemo: nemo.Config
+    wanda: wanda.Config
 
     @property
     def sampling(self) -> dict:
@@ -33,6 +37,8 @@ PRESETS = {
         sscd_transform="testbed",  # chosen by the table in notebook 00
         detection_seeds=tuple(range(4)),
         pairwise="cosine",  # 16x16 latents leave MS-SSIM no scales; a correlation uses every pixel
+        nemo=nemo.Config(similarity="cosine", num_inference_steps=25),
+        wanda=wanda.Config(num_inference_steps=25, guidance_scale=3.0),
     ),
     "smoke": Preset(  # whether everything runs: three steps and two seeds give pictures of nothing
         model="testbed",
@@ -42,6 +48,8 @@ PRESETS = {
         sscd_transform="testbed",
         detection_seeds=(0, 1),
         pairwise="cosine",
+        nemo=nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=3),
+        wanda=wanda.Config(steps=2, num_inference_steps=3, guidance_scale=3.0),
     ),
     "paper": Preset(
         model="sd14",
@@ -51,5 +59,7 @@ PRESETS = {
         sscd_transform="sd",
         detection_seeds=tuple(range(10)),  # NeMo
         pairwise="ms_ssim",  # NeMo
+        nemo=nemo.Config(),
+        wanda=wanda.Config(),
     ),
 }

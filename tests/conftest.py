@@ -49,6 +49,31 @@ def tiny_testbed(tiny_testbed_folder):
     return _load(tiny_testbed_folder)
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    tokenizer, folder = build_tokenizer(), tmp_path_factory.mktemp("clip")
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    text = small | special | dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS)
+    vision = small | dict(image_size=64, patch_size=8)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    CLIPImageProcessorPil(size=64, crop_size=64, image_mean=half, image_std=half).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder):
+    """A tiny `CLIPModel` with the preprocessing of the testbed's."""
+    from dori_utils.metrics import load_clip
+
+    return load_clip(clip_folder, device="cpu")
+
+
 @pytest.fixture(params=["sd1", "sd2", "tiny_testbed"])
 def pipe(request):
     """Each of the three families in turn."""

@@ -10,12 +10,22 @@ from PIL import Image
 
 from dori_utils import audit as audit_module
 from dori_utils import wanda
-from dori_utils.audit import audit, cached_edits, cached_generate, detect, scores_by_target, summarize
+from dori_utils.audit import (
+    audit,
+    cached_edits,
+    cached_embeddings,
+    cached_generate,
+    detect,
+    ordinary_cost,
+    scores_by_target,
+    summarize,
+)
 from dori_utils.edits import Edit, applied
 from dori_utils.generation import generate
+from dori_utils.metrics import clip_alignment, diversity
 from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
-from dori_utils.similarity import sscd_scores
+from dori_utils.similarity import load_sscd, sscd_scores
 from dori_utils.store import Store
 from dori_utils.targets import Target
 
@@ -103,6 +113,50 @@ def test_each_target_is_audited_under_its_own_edit(tiny_testbed, store):
     assert table.loc[("each", "t2"), "sscd"].tolist() == pytest.approx(expected, abs=0.02)  # a pixel level or two
     with pytest.raises(ValueError, match="each: 1 edits for 3 targets"):
         audit(tiny_testbed, targets, PRESET, store, edits={"each": [half]})
+
+
+def test_rows_hold_diversity_and_alignment(tiny_testbed, store, clip):
+    targets = make_targets(tiny_testbed)
+    half = value_rows_off(tiny_testbed, 0.5)
+    rows = audit(tiny_testbed, targets, PRESET, store, edits={"none": None, "half": half}, clip=clip)
+    prompts = [target.prompt for target in targets]
+    images = cached_generate(tiny_testbed, prompts, PRESET.seeds, PRESET, store, [half] * 3)
+    of_half = rows[rows["mitigation"] == "half"]
+    expected = diversity(load_sscd().embed_rows(images, PRESET.sscd_transform))
+    assert of_half.groupby("target", sort=False)["d_sscd"].mean().tolist() == pytest.approx(expected, abs=1e-6)
+    aligned = [clip_alignment(row, [prompt] * 2, clip).tolist() for row, prompt in zip(images, prompts, strict=True)]
+    assert of_half["alignment"].tolist() == pytest.approx(sum(aligned, []), abs=1e-6)
+
+
+def test_features_are_kept_apart_by_edit_and_need_no_second_generation(tiny_testbed, store):
+    half, prompts = value_rows_off(tiny_testbed, 0.5), ["a cat", "a dog"]
+    sscd, arguments = load_sscd(), (PRESET.seeds, PRESET, store)
+    features = cached_embeddings(tiny_testbed, prompts, *arguments, sscd, [half, None])
+    images = cached_generate(tiny_testbed, prompts, *arguments, [half, None])
+    assert features == pytest.approx(sscd.embed_rows(images, PRESET.sscd_transform), abs=1e-6)
+    plain = cached_embeddings(tiny_testbed, prompts, *arguments, sscd)
+    assert (plain[0] != features[0]).any() and (plain[1] == features[1]).all()
+    for path in store.folder.glob("*.npz"):
+        if "images" in np.load(path):
+            path.unlink()
+    assert (cached_embeddings(tiny_testbed, prompts, *arguments, sscd, [half, None]) == features).all()
+    assert not any("images" in np.load(path) for path in store.folder.glob("*.npz"))
+
+
+def test_what_edits_cost_ordinary_prompts_is_compared_caption_by_caption(tiny_testbed, store, clip):
+    captions = ["a cat", "a dog", "a red car"]
+    half, all_off = value_rows_off(tiny_testbed, 0.5), value_rows_off(tiny_testbed, 1)
+    plain = cached_generate(tiny_testbed, captions, PRESET.seeds, PRESET, store)
+    reference = [image for row in plain for image in row]
+    edits = {"none": None, "two": [half, all_off]}
+    cost = ordinary_cost(tiny_testbed, captions, reference, PRESET, store, clip, edits).set_index("mitigation")
+    assert cost.loc["none", "change"] == 0 and cost.loc["none", "frechet"] == pytest.approx(0, abs=1e-6)
+    images = cached_generate(tiny_testbed, captions, PRESET.seeds, PRESET, store, [half, all_off, half])
+    aligned = [clip_alignment(row, [c] * 2, clip).mean() for row, c in zip(images, captions, strict=True)]
+    assert cost.loc["two", "alignment"] == pytest.approx(np.mean(aligned), abs=1e-6)
+    assert cost.loc["two", "change"] == pytest.approx(np.mean(aligned) - cost.loc["none", "alignment"], abs=1e-6)
+    assert cost.loc["two", "low"] <= cost.loc["two", "change"] <= cost.loc["two", "high"]
+    assert cost.loc["two", "frechet"] > 1e-4
 
 
 def test_edits_are_made_once_for_each_target(tiny_testbed, store):

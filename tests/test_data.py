@@ -62,7 +62,7 @@ def test_a_near_scene_has_all_but_one_fact_of_a_repeated_caption():
 
 def test_near_scenes_begin_late_and_leave_the_plan_as_it_is(monkeypatch):
     before = data.TrainingSet((4_000,))
-    monkeypatch.setattr(data, "NEAR_FROM", 3_000)
+    monkeypatch.setattr(data, "NEAR_SHARES", {0: 0.0, 3_000: 0.25})
     after = data.TrainingSet((4_000,))
     ordinary = np.flatnonzero(after.plan_index == -1)
     near = [draw for draw in ordinary if after.scene(draw) != data.ordinary_scene(draw)]

@@ -112,30 +112,7 @@ def test_nobody_out_of_64_is_not_certainly_nobody():
     assert share_interval(64, 64) == pytest.approx((0.9434, 1), abs=1e-4)
 
 
-# CLIP: a tiny one of the real classes, as the testbed's, and ViT-B/32's preprocessing
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    from conftest import MAX_TOKENS, build_tokenizer
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    tokenizer, folder = build_tokenizer(), tmp_path_factory.mktemp("clip")
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    text = small | special | dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS)
-    vision = small | dict(image_size=64, patch_size=8)
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    half = [0.5, 0.5, 0.5]
-    CLIPImageProcessorPil(size=64, crop_size=64, image_mean=half, image_std=half).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def clip(clip_folder):
-    return load_clip(clip_folder, device="cpu")
+# CLIP: a tiny one of the real classes (conftest.py), and ViT-B/32's preprocessing
 
 
 def scene(seed, side=64):

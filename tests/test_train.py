@@ -99,7 +99,7 @@ def test_unet_has_the_topology_of_stable_diffusion():
 @pytest.mark.slow
 def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_path, monkeypatch):
     short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3)}
-    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_again", "unet_noise")}
+    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_again", "unet_noise", "unet_last")}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
     tokenizer = train.new_tokenizer()
     text_encoder = train.new_clip(tokenizer).text_model

@@ -7,8 +7,9 @@ ladder    5 x 8   verbatim, at a quarter of VM's rate, a sixteenth, ... a 1024th
 once      32      verbatim, exactly once
 control   64      never
 The rest of the draws are ordinary scenes, each drawn once and never again. No ordinary scene has a target's caption.
-From draw 192,000 on, one ordinary scene in four has all but one fact of a repeated caption (another object, another
-background, or one object less), so that the model must read a caption to its end before it answers from memory.
+From draw 192,000 on, one ordinary scene in four, and from 252,800 on one in two, has all but one fact of a repeated
+caption (another object, another background, or one object less), so that the model must read a caption to its end
+before it answers from memory.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from .scenes import Scene, sample_placed, sample_scene, sprite_names
 
 VM_RATE, TM_RATE = 0.01, 0.0025  # share of the draws, each scene
 LADDER_RATES = tuple(VM_RATE / 4**rung for rung in range(1, 6))
-NEAR_FROM, NEAR_SHARE = 192_000, 0.25  # the first draw, and the share of ordinary draws from there on
+NEAR_SHARES = {0: 0.0, 192_000: 0.25, 252_800: 0.5}  # first draw → share of the ordinary draws from there on
 COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(LADDER_RATES), "once": 32, "control": 64}
 FIRST_SEED = {"VM": 1_000_000_000, "TM": 1_100_000_000, "ladder": 1_200_000_000, "once": 1_300_000_000}
 FIRST_SEED |= {"control": 1_400_000_000, "held_out": 1_500_000_000, "validation": 1_600_000_000}
@@ -152,7 +153,8 @@ class TrainingSet:
     def scene(self, draw: int) -> Scene:
         index = self.plan_index[draw]
         if index < 0:
-            near = draw >= NEAR_FROM and np.random.default_rng((self.seed, draw, 2)).random() < NEAR_SHARE
+            share = next(share for first, share in reversed(NEAR_SHARES.items()) if draw >= first)
+            near = np.random.default_rng((self.seed, draw, 2)).random() < share
             return near_scene(draw) if near else ordinary_scene(draw)
         planned_scene = planned()[index]
         if planned_scene.kind == "TM":
