@@ -284,21 +284,21 @@ def _rounds(pipe, prompt, layers, statistics, config):
     return torch.stack(rounds)
 
 
-def _search(rounds, layers, tau, report):
+def _search(rounds, layers, tau, report, most_ahead=MOST_AHEAD):
     """Yields (sets, threshold, base) and is sent the sets' scores; returns the set (neurons,) that stays blocked.
 
     base is a set that these and many later ones share their first layers with, or None.
     """
-    chosen, tau = yield from _select(rounds, tau, report)
+    chosen, tau = yield from _select(rounds, tau, report, most_ahead)
     members = torch.arange(len(chosen)).split([layer.out_features for layer in layers.values()])
     whole = [layer for layer in reversed(members) if chosen[layer].any()]
     selected = chosen
-    chosen = yield from _unblock("layers", chosen, whole, tau, selected, report)
+    chosen = yield from _unblock("layers", chosen, whole, tau, selected, report, most_ahead)
     single = [neuron for layer in reversed(members) for neuron in layer[chosen[layer]].split(1)]
-    return (yield from _unblock("neurons", chosen, single, tau, selected, report))
+    return (yield from _unblock("neurons", chosen, single, tau, selected, report, most_ahead))
 
 
-def _select(rounds, tau, report):
+def _select(rounds, tau, report, most_ahead):
     """The first round with a score below tau; else the last, and its score as the new tau."""
     position, ahead = 0, 1
     while position < len(rounds):
@@ -308,12 +308,12 @@ def _select(rounds, tau, report):
             report("selection", candidate, score, tau)
             if score < tau:
                 return candidate, tau
-        position, ahead = position + len(sets), min(2 * ahead, MOST_AHEAD)
+        position, ahead = position + len(sets), min(2 * ahead, most_ahead)
     (score,) = yield rounds[-1:], float("inf"), None  # its score over all seeds
     return rounds[-1], score
 
 
-def _unblock(stage, chosen, groups, tau, selected, report):
+def _unblock(stage, chosen, groups, tau, selected, report, most_ahead):
     """Unblock one group of neurons after the other, keeping it unblocked where the score stays below tau."""
     position, ahead, last = 0, 1, True
     while position < len(groups):
@@ -325,7 +325,7 @@ def _unblock(stage, chosen, groups, tau, selected, report):
             sets.append(candidate)
             base = candidate if last else chosen
         scores = yield torch.stack(sets), tau, selected
-        ahead = min(2 * ahead, MOST_AHEAD)
+        ahead = min(2 * ahead, most_ahead)
         for candidate, score in zip(sets, scores, strict=True):
             report(stage, candidate, score, tau)
             unblocked = score < tau

@@ -1,13 +1,17 @@
 """Training the testbed at a toy size: it resumes where it stopped, and what it writes loads by diffusers alone."""
 
 import csv
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
+from dori_utils.models import TESTBED
 from dori_utils.testbed import data, train
 from dori_utils.testbed.fitting import Stage, fit
 
@@ -65,28 +69,29 @@ def test_every_word_of_a_caption_is_one_token():
     assert len(tokenizer.tokenize("a xylophone")) > 2  # an unknown word is spelled, not lost
 
 
+def test_the_tokenizer_is_the_same_in_every_process():
+    ours = train.new_tokenizer()
+    script = "from dori_utils.testbed import train; print(sorted(train.new_tokenizer().get_vocab().items()))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(sorted(ours.get_vocab().items()))
+
+
+def test_the_testbed_was_saved_with_this_tokenizer():
+    saved = CLIPTokenizer.from_pretrained(TESTBED / "tokenizer")
+    assert saved.get_vocab() == train.new_tokenizer().get_vocab()
+    captions = [plan.scene.caption for plan in data.planned()]
+    assert (train.tokenize(saved, captions) == train.tokenize(train.new_tokenizer(), captions)).all()
+
+
+def test_merges_take_the_most_frequent_pair_first():
+    merges = train.learn_merges(["hog", "hot", "on"])
+    assert merges[0] == ("h", "o") and set(merges[1:]) == {("ho", "t</w>"), ("ho", "g</w>"), ("o", "n</w>")}
+    assert train.merge(["a", "a", "a", "b"], ("a", "a")) == ["aa", "a", "b"]
+
+
 def test_timesteps_cover_the_schedule_evenly():
     timesteps = train.stratified_timesteps(50, torch.Generator().manual_seed(0))
     assert sorted((timesteps // 20).tolist()) == list(range(50))
-
-
-def test_some_samples_are_noise_alone_at_the_last_timestep():
-    latents = torch.full((400, 8, 4, 4), 5.0)
-    scheduler = train.new_scheduler()
-    noisy, timesteps, velocity, alone = train.noised(scheduler, latents, torch.Generator().manual_seed(0), 0.25)
-    assert 60 < alone.sum() < 140
-    assert (timesteps[alone] == 999).all() and (timesteps[~alone] < 999).any()
-    assert abs(noisy[alone].mean()) < 0.15  # nothing of the 5 is left, of which the schedule would leave 0.34
-    signal, noise = scheduler.alphas_cumprod[999] ** 0.5, (1 - scheduler.alphas_cumprod[999]) ** 0.5
-    torch.testing.assert_close(velocity[alone], signal * noisy[alone] - noise * 5.0)
-
-
-def test_without_a_share_no_sample_is_noise_alone():
-    latents = torch.full((400, 8, 4, 4), 5.0)
-    generator = torch.Generator().manual_seed(0)
-    noisy, timesteps, _, alone = train.noised(train.new_scheduler(), latents, generator, 0.0)
-    assert not alone.any()
-    assert noisy[timesteps > 990].mean() > 0.25
 
 
 def test_unet_has_the_topology_of_stable_diffusion():
@@ -99,7 +104,7 @@ def test_unet_has_the_topology_of_stable_diffusion():
 @pytest.mark.slow
 def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_path, monkeypatch):
     short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3)}
-    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_again", "unet_noise", "unet_last")}
+    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_again", "unet_last")}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
     tokenizer = train.new_tokenizer()
     text_encoder = train.new_clip(tokenizer).text_model
@@ -107,9 +112,8 @@ def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_p
     first = torch.load(tmp_path / "unet.pt", weights_only=True)["average"]
     for name, weight in unet.state_dict().items():  # a learning rate of zero: what the first part left
         torch.testing.assert_close(weight, first[name])
-    logs = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("unet_again", "unet_noise")]
+    logs = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("unet_again", "unet_last")]
     assert [len(log) for log in logs] == [1, 1]
-    assert logs[0]["repeated, from noise"].isna().all()
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ step depends on the seed and the step alone, so the result does not depend on wh
 
 import argparse
 import copy
-import functools
 import io
-import json
+import itertools
 import math
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +21,6 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from tokenizers.trainers import BpeTrainer
 from torch.utils.data import Dataset, Subset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -38,18 +37,13 @@ STAGES = {
     "clip": Stage(steps=1400, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
     "unet": Stage(steps=3100, batch_size=32, lr=7e-4, ema=0.998),
     "unet_again": Stage(steps=4800, batch_size=32, lr=7e-4, ema=0.998),
-    "unet_noise": Stage(steps=700, batch_size=32, lr=5e-4, ema=0.998, warmup=50),
-    "unet_last": Stage(steps=900, batch_size=32, lr=4e-4, ema=0.998, warmup=50, decay=0.7),
+    "unet_last": Stage(steps=1500, batch_size=32, lr=5e-4, ema=0.998, warmup=50, decay=0.7),
 }
-# Each part goes on from the average of the one before, with a learning rate warmed up anew. The number is the share of
-# the samples that are noise alone at the last timestep, which is what generation starts from. The noise schedule leaves
-# 7% of the latents there ("Common diffusion noise schedules are flawed", Lin et al., 2024), enough for the U-Net to
-# recognise a repeated scene by, so that without such samples it need not learn to recall it from the caption alone.
-# The last part goes back to the schedule as it is: from noise alone all that a caption leaves open is averaged away,
-# and the first step would no longer tell an ordinary prompt, for which seeds differ, from a memorized one.
-UNET_STAGES = {"unet": 0.0, "unet_again": 0.0, "unet_noise": 0.5, "unet_last": 0.0}
+# Each goes on from the average of the one before, with a learning rate warmed up anew.
+UNET_STAGES = ("unet", "unet_again", "unet_last")
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
+END = "</w>"  # how CLIP's tokens mark the end of a word
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
 
 
@@ -154,22 +148,35 @@ def finetune_decoder(work: Path, vae: AutoencoderTiny, seed: int = 0) -> Autoenc
 
 def new_tokenizer() -> CLIPTokenizer:
     """CLIP's own tokenizer with a vocabulary in which every word of a caption is one token, any other several."""
-    words = [with_article(name) for name in sprite_names()] + [f"a {b} background and on an" for b in BACKGROUNDS]
-    blank = CLIPTokenizer()
-    trainer = BpeTrainer(
-        vocab_size=2000,
-        min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    model = blank.backend_tokenizer
-    model.train_from_iterator(words + sorted(pre_tokenizers.ByteLevel.alphabet()), trainer)
-    learned = json.loads(model.to_str())["model"]
-    vocab = {token: i for i, token in enumerate(sorted(learned["vocab"], key=learned["vocab"].get))}
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocab.setdefault(special, len(vocab))
-    return CLIPTokenizer(vocab, [tuple(merge) for merge in learned["merges"]], model_max_length=MAX_TOKENS)
+    phrases = [with_article(name) for name in sprite_names()] + [f"a {b} background and on an" for b in BACKGROUNDS]
+    merges = learn_merges(sorted({word for phrase in phrases for word in phrase.split()}))
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*bytes_, *(byte + END for byte in bytes_), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=MAX_TOKENS)
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """The merges of byte-pair encoding, the most frequent pair first, until every word is one token.
+
+    tokenizers' own trainer breaks ties by the order of a hash table, so two processes give the same word two ids: a
+    training that was interrupted would go on with other words.
+    """
+    splits, merges = [[*word[:-1], word[-1] + END] for word in words], []
+    while pairs := Counter(pair for split in splits for pair in itertools.pairwise(split)):
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        splits = [merge(split, merges[-1]) for split in splits]
+    return merges
+
+
+def merge(split: list[str], pair: tuple[str, str]) -> list[str]:
+    """The parts of a word with every occurrence of the pair as one part."""
+    merged = []
+    for part in split:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -236,29 +243,28 @@ def train_unet(work: Path, vae: AutoencoderTiny, tokenizer, text_encoder: CLIPTe
     scheduler = new_scheduler()
     drawn = DrawnScenes(unet_training_set(seed))
 
-    def loss_of(
-        unet: UNet2DConditionModel, batch, generator: torch.Generator, noise_share: float
-    ) -> tuple[torch.Tensor, dict]:
+    def loss_of(unet: UNet2DConditionModel, batch, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
         pixels, captions, repeated = batch
         dropped = torch.rand(len(captions), generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
         with torch.no_grad():
             latents = vae.encode(to_model_range(pixels)).latents * vae.config.scaling_factor
             embeddings = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
-        noisy, timesteps, velocity, noise_only = noised(scheduler, latents, generator, noise_share)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = stratified_timesteps(len(latents), generator)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        velocity = scheduler.get_velocity(latents, noise, timesteps)
         predicted = unet(noisy, timesteps, embeddings).sample
         losses = ((predicted - velocity) ** 2).mean((1, 2, 3))
         parts = {"ordinary": losses[~repeated], "repeated": losses[repeated]}
-        parts["repeated, from noise"] = losses[repeated & noise_only]
         return losses.mean(), {k: v.mean().item() if len(v) else math.nan for k, v in parts.items()}
 
     unet = new_unet().to(memory_format=torch.channels_last)
     first_draw = 0
-    for part, (name, noise_share) in enumerate(UNET_STAGES.items()):
+    for part, name in enumerate(UNET_STAGES):
         stage = STAGES[name]
         draws = Subset(drawn, range(first_draw, first_draw + stage.draws))
-        part_loss = functools.partial(loss_of, noise_share=noise_share)
-        unet = fit(name, unet.requires_grad_(True).train(), draws, part_loss, stage, work, seed + part)
+        unet = fit(name, unet.requires_grad_(True).train(), draws, loss_of, stage, work, seed + part)
         first_draw += stage.draws
     return unet
 
@@ -280,22 +286,6 @@ class DrawnScenes(Dataset):
         scene = self.training_set.scene(draw)
         repeated = bool(self.training_set.plan_index[draw] >= 0)
         return torch.from_numpy(scene.draw()).permute(2, 0, 1), scene.caption, repeated
-
-
-def noised(
-    scheduler: DDIMScheduler, latents: torch.Tensor, generator: torch.Generator, noise_share: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, timesteps (B,), velocities, and which (B,) samples are noise alone at the last timestep.
-
-    The velocity, of latents and noise both, is what the U-Net must predict also where it sees nothing of the latents.
-    """
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = stratified_timesteps(len(latents), generator)
-    noise_only = torch.rand(len(latents), generator=generator) < noise_share
-    timesteps[noise_only] = scheduler.config.num_train_timesteps - 1
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    noisy[noise_only] = noise[noise_only]
-    return noisy, timesteps, scheduler.get_velocity(latents, noise, timesteps), noise_only
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
