@@ -21,6 +21,11 @@ above tau decides against a set, the seed that was highest last time is tried be
 from the last layer to the first, the blocks of the U-Net before it are not run again, but give what they gave under the
 initial selection (`replayed`). Each set of a batch blocks its own neurons, by a hook (`blocked`).
 
+One thing is taken for granted. While neurons are unblocked one after the other (a run), a seed that is below tau by a
+margin (`MARGIN`) at the run's beginning and at its end is not tried in between. A seed whose score leaps up by more
+than that and back, on the way through at most `MOST_AHEAD` neurons, would be missed; the scorecard compares with the
+search that tries everything.
+
 Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers, one after the other.
 """
 
@@ -38,7 +43,8 @@ from .detection import PAIRWISE, ddim, first_step_change, first_step_similarity,
 from .edits import Edit, base_hash, union
 from .generation import encode_prompts, initial_latents
 
-MOST_AHEAD = 16  # sets that a target asks for at once
+MOST_AHEAD = 32  # sets that a target asks for at once
+MARGIN = 0.05  # of similarity
 
 
 @dataclass(frozen=True)
@@ -285,9 +291,10 @@ def _rounds(pipe, prompt, layers, statistics, config):
 
 
 def _search(rounds, layers, tau, report, most_ahead=MOST_AHEAD):
-    """Yields (sets, threshold, base) and is sent the sets' scores; returns the set (neurons,) that stays blocked.
+    """Yields (sets, threshold, base, run) and is sent the sets' scores; returns the set (neurons,) that stays blocked.
 
-    base is a set that these and many later ones share their first layers with, or None.
+    base is a set that these and many later ones share their first layers with, or None; run says that every set is
+    the one before without some neurons.
     """
     chosen, tau = yield from _select(rounds, tau, report, most_ahead)
     members = torch.arange(len(chosen)).split([layer.out_features for layer in layers.values()])
@@ -303,13 +310,13 @@ def _select(rounds, tau, report, most_ahead):
     position, ahead = 0, 1
     while position < len(rounds):
         sets = rounds[position : position + ahead]
-        scores = yield sets, tau, None
+        scores = yield sets, tau, None, False
         for candidate, score in zip(sets, scores, strict=True):
             report("selection", candidate, score, tau)
             if score < tau:
                 return candidate, tau
         position, ahead = position + len(sets), min(2 * ahead, most_ahead)
-    (score,) = yield rounds[-1:], float("inf"), None  # its score over all seeds
+    (score,) = yield rounds[-1:], float("inf"), None, False  # its score over all seeds
     return rounds[-1], score
 
 
@@ -324,7 +331,7 @@ def _unblock(stage, chosen, groups, tau, selected, report, most_ahead):
             candidate[group] = False
             sets.append(candidate)
             base = candidate if last else chosen
-        scores = yield torch.stack(sets), tau, selected
+        scores = yield torch.stack(sets), tau, selected, last
         ahead = min(2 * ahead, most_ahead)
         for candidate, score in zip(sets, scores, strict=True):
             report(stage, candidate, score, tau)
@@ -359,6 +366,7 @@ class _Judge:
         inside = [[b for b, block in enumerate(self.blocks) if layer in block.modules()] for layer in layers.values()]
         widths = torch.tensor([layer.out_features for layer in layers.values()])
         self.block_of_neuron = torch.tensor(inside).flatten().repeat_interleave(widths)  # (neurons,)
+        self.latest = [{} for _ in prompts]  # target → seed → its last score under a set that might stay
         self.recorded = {}  # target → base, and what every block gave under it: for each seed, for each block
         everything = torch.cartesian_prod(torch.arange(len(prompts)), torch.arange(len(self.noise)))
         nothing = torch.zeros(len(everything), int(widths.sum()), dtype=torch.bool)
@@ -366,36 +374,62 @@ class _Judge:
         self.counted = [_counted_seeds(maps, tau, config.similarity) for maps in self.unblocked]
 
     def scores(self, requests):
-        """Target → (sets (M, neurons), threshold, base) to target → list of M scores.
+        """Target → (sets (M, neurons), threshold, base, run) to target → list of M scores.
 
-        A score is the largest over the target's counted seeds, or, where one alone reaches the threshold, that one's.
+        A score is the largest over the counted seeds that were tried. Those are all where it is below the threshold,
+        but for the seeds that a run lets out.
         """
-        for i, (_, _, base) in requests.items():
+        for i, (_, _, base, _) in requests.items():
             if base is not None and i not in self.recorded:
                 self.recorded[i] = base, self._record(i, base)
-        cases = [(i, off, threshold) for i, (sets, threshold, _) in requests.items() for off in sets]
-        scores = [-float("inf")] * len(cases)
-        self._raise(scores, cases, range(len(cases)), slice(1))
-        undecided = [c for c, (_, _, threshold) in enumerate(cases) if scores[c] < threshold]
-        self._raise(scores, cases, undecided, slice(1, None))
-        scores = iter(scores)
-        return {i: [next(scores) for _ in sets] for i, (sets, _, _) in requests.items()}
+        tried = {i: [{} for _ in sets] for i, (sets, *_) in requests.items()}  # target → for each set: seed → score
+        first = [(i, c, self.counted[i][0]) for i, (sets, *_) in requests.items() for c in range(len(sets))]
+        self._try(first, requests, tried)
+        others = {i: self.counted[i][1:] for i in requests}
+        left = {i: self._below(tried[i], threshold, run) for i, (_, threshold, _, run) in requests.items()}
+        ends = {i: sets[-1:] if requests[i][3] else sets for i, sets in left.items()}
+        self._try([(i, c, seed) for i, sets in ends.items() for c in sets for seed in others[i]], requests, tried)
+        between = []
+        for i, (_, threshold, _, run) in requests.items():
+            if run and left[i]:
+                seeds = [s for s in others[i] if not self._bracketed(i, s, tried[i][left[i][-1]][s], threshold)]
+                between += [(i, c, seed) for c in left[i][:-1] for seed in seeds]
+        self._try(between, requests, tried)
+        for i, (_, threshold, _, run) in requests.items():
+            self._remember(i, tried[i], threshold, run)
+        return {i: [max(scores.values()) for scores in of_target] for i, of_target in tried.items()}
 
-    def _raise(self, scores, cases, chosen, seeds):
-        """Take these of the counted seeds into the scores of the chosen cases."""
-        tried = [(c, cases[c][0], seed) for c in chosen for seed in self.counted[cases[c][0]][seeds]]
-        if not tried:
+    @staticmethod
+    def _below(tried, threshold, run):
+        """The sets whose score is below the threshold so far; of a run only those before the first that is not."""
+        below = [max(scores.values()) < threshold for scores in tried]
+        if run and False in below:
+            return list(range(below.index(False)))
+        return [c for c, is_below in enumerate(below) if is_below]
+
+    def _bracketed(self, i, seed, score, threshold):
+        """Whether a seed is so low at the end of a run, and was before it, that it need not be tried in between."""
+        return max(score, self.latest[i].get(seed, float("inf"))) < threshold - MARGIN
+
+    def _remember(self, i, tried, threshold, run):
+        """Scores of the last set that may stay: where the next run begins."""
+        if accepted := self._below(tried, threshold, run):
+            self.latest[i] |= tried[accepted[-1 if run else 0]]
+
+    def _try(self, cases, requests, tried):
+        """Scores of cases (target, number of the set, seed), into `tried`."""
+        if not cases:
             return
-        rows = torch.tensor([(i, seed) for _, i, seed in tried])
-        maps = self._changes(rows, torch.stack([cases[c][1] for c, _, _ in tried]))
+        rows = torch.tensor([(i, seed) for i, _, seed in cases])
+        maps = self._changes(rows, torch.stack([requests[i][0][c] for i, c, _ in cases]))
         similarity = self.compare(maps, self.unblocked[rows[:, 0], rows[:, 1]]).tolist()
-        for (c, i, seed), value in zip(tried, similarity, strict=True):
+        for (i, c, seed), value in zip(cases, similarity, strict=True):
             if value != value:
                 raise FloatingPointError("A memorization score is not a number. Check the weights; try float32.")
-            if value > scores[c]:
-                scores[c] = value
+            if value > max(tried[i][c].values(), default=-float("inf")):
                 self.counted[i].remove(seed)
                 self.counted[i].insert(0, seed)
+            tried[i][c][seed] = value
 
     def _changes(self, rows, sets):
         """First-step changes (B, C, H, W) of rows (B, 2), target and seed, under sets (B, neurons)."""
