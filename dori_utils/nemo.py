@@ -221,6 +221,31 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
     return [_edit(base, target, found[i], layers, statistics, config) for i, target in enumerate(targets)]
 
 
+@torch.no_grad()
+def localize_one_by_one(pipe, target, statistics, config=None):
+    """The edit of `localize_each` for one target without its shortcuts: one set of neurons after the other, all seeds.
+
+    It is there to compare with: same decisions, more time.
+    """
+    config = config or Config()
+    layers = value_layers(pipe.unet, config.layers)
+    judge = _Judge(pipe, [target.prompt], layers, statistics.tau, config, len(config.seeds))
+    seeds, rounds = judge.counted[0], _rounds(pipe, target.prompt, layers, statistics, config)
+    if not seeds:
+        return _edit(base_hash(pipe), target, torch.zeros_like(rounds[0]), layers, statistics, config)
+    search = _search(rounds, layers, statistics.tau, partial(_report, None, target.id), most_ahead=1)
+    ((chosen,), *_) = next(search)
+    try:
+        while True:
+            with blocked(layers, chosen.expand(len(seeds), -1)):
+                embeds = judge.embeds.expand(len(seeds), -1, -1)
+                maps = first_step_change(pipe, embeds, judge.noise[seeds], judge.t)
+            score = judge.compare(maps, judge.unblocked[0, seeds]).max().item()
+            ((chosen,), *_) = search.send([score])
+    except StopIteration as end:
+        return _edit(base_hash(pipe), target, end.value, layers, statistics, config)
+
+
 def neurons(edit):
     """Layer name → list of the neurons that an edit by NeMo blocks."""
     return {name.removesuffix(".weight"): mask.nonzero()[:, 0].tolist() for name, mask in edit.masks.items()}

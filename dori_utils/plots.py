@@ -11,6 +11,7 @@ Sizes are in inches of the printed page: `COLUMN` is one column of a two-column 
 
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def lighter(color: str) -> str:
 def mitigation_color(mitigation: str, dori: bool) -> str:
     """The colour of a mitigation's results: full with DoRI, lighter under the prompts alone."""
     return MITIGATIONS[mitigation] if dori else lighter(MITIGATIONS[mitigation])
+
+
+def layer_label(name: str) -> str:
+    """A layer of a U-Net's attention blocks in few letters: "down 1.0" is the first attention of the second block."""
+    block, number, attention = re.search(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)", name).groups()
+    return block if number is None else f"{block} {number}.{attention}"
 
 
 def figures_folder() -> Path:

@@ -175,8 +175,9 @@ def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     prompts = [SECRET, "a dog on a car", "striped grapes and a violin"]
     statistics, config = statistics_of(memorizing, tau), dataclasses.replace(CONFIG, layers=layers)
     edits = nemo.localize_each(memorizing, targets(*prompts), statistics, config, batch_size=7)
-    for prompt, edit in zip(prompts, edits, strict=True):
-        assert nemo.neurons(edit) == slow_localize(memorizing, prompt, statistics, config)
+    for target, edit in zip(targets(*prompts), edits, strict=True):
+        assert nemo.neurons(edit) == slow_localize(memorizing, target.prompt, statistics, config)
+        assert nemo.localize_one_by_one(memorizing, target, statistics, config).fingerprint() == edit.fingerprint()
     assert sum(edits[0].sparsity().values()) > 0
 
 

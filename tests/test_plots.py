@@ -204,3 +204,10 @@ def test_a_detector_that_separates_a_kind_has_a_curve_through_the_corner():
     np.testing.assert_array_equal(once.get_xdata(), once.get_ydata())  # the same scores as the controls: the diagonal
     assert vm.get_color() == plots.PALETTE["VM"] and once.get_color() == plots.PALETTE["once"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["VM 1.00", "once"]
+
+
+def test_layers_have_short_labels():
+    layer = "attentions.0.transformer_blocks.0.attn2.to_v"
+    assert plots.layer_label(f"down_blocks.1.{layer}") == "down 1.0"
+    assert plots.layer_label(f"up_blocks.3.{layer.replace('s.0', 's.2', 1)}.weight") == "up 3.2"
+    assert plots.layer_label(f"mid_block.{layer}") == "mid"

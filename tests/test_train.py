@@ -117,6 +117,18 @@ def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_p
 
 
 @pytest.mark.slow
+def test_clip_goes_on_with_other_scenes_where_its_first_part_ended(tmp_path, monkeypatch):
+    short = {"clip": Stage(steps=2, batch_size=8, lr=1e-3), "clip_again": Stage(steps=2, batch_size=8, lr=0.0)}
+    monkeypatch.setattr(train, "STAGES", train.STAGES | short)
+    clip = train.train_clip(tmp_path, train.new_tokenizer())
+    first = torch.load(tmp_path / "clip.pt", weights_only=True)["average"]
+    for name, weight in clip.state_dict().items():
+        torch.testing.assert_close(weight, first[name])
+    losses = [pd.read_csv(tmp_path / f"{name}.csv")["loss"].iloc[0] for name in ("clip", "clip_again")]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.slow
 def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path):
     torch.manual_seed(0)
     tokenizer = train.new_tokenizer()

@@ -35,11 +35,13 @@ STAGES = {
     "vae": Stage(steps=1500, batch_size=16, lr=2e-3, ema=0.99, weight_decay=0.0),
     "decoder": Stage(steps=900, batch_size=16, lr=1e-3, ema=0.99, weight_decay=0.0),
     "clip": Stage(steps=1400, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
+    "clip_again": Stage(steps=1400, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
     "unet": Stage(steps=3100, batch_size=32, lr=7e-4, ema=0.998),
     "unet_again": Stage(steps=4800, batch_size=32, lr=7e-4, ema=0.998),
     "unet_last": Stage(steps=1500, batch_size=32, lr=5e-4, ema=0.998, warmup=50, decay=0.7),
 }
 # Each goes on from the average of the one before, with a learning rate warmed up anew.
+CLIP_STAGES = ("clip", "clip_again")
 UNET_STAGES = ("unet", "unet_again", "unet_last")
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
@@ -196,15 +198,18 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 def train_clip(work: Path, tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPModel:
     """Contrastive, on scenes that neither the U-Net nor the autoencoder sees."""
     torch.manual_seed(seed)
-    stage = STAGES["clip"]
 
     def loss_of(clip: CLIPModel, batch, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
         out = clip(input_ids=tokenize(tokenizer, batch[1]), pixel_values=to_model_range(batch[0]), return_loss=True)
         correct = out.logits_per_image.argmax(1) == torch.arange(len(out.logits_per_image))
         return out.loss, {"top1": correct.float().mean().item()}
 
-    scenes = Scenes(FIRST_SEED["held_out"] + 60_000_000, stage.draws)
-    return fit("clip", new_clip(tokenizer), scenes, loss_of, stage, work, seed)
+    clip, first_seed = new_clip(tokenizer), FIRST_SEED["held_out"] + 60_000_000
+    for part, name in enumerate(CLIP_STAGES):
+        scenes = Scenes(first_seed, STAGES[name].draws)
+        clip = fit(name, clip.requires_grad_(True).train(), scenes, loss_of, STAGES[name], work, seed + part)
+        first_seed += STAGES[name].draws
+    return clip
 
 
 # --- U-Net ---------------------------------------------------------------------------------------------------------
