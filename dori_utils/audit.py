@@ -4,9 +4,11 @@ Tables and figures are pure functions of the rows, so they redraw without a mode
 one case for each prompt, so that every notebook that asks for the same ones gets them from disk.
 """
 
+import hashlib
 import time
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from .edits import Edit, base_hash
 from .generation import generate
 from .metrics import bootstrap_interval, frechet_distance, memorization_rate
 from .models import model_hash
-from .similarity import load_sscd
+from .similarity import TRANSFORMS, load_sscd
 
 
 def cached_generate(pipe, prompts, seeds, preset, store, edits=None) -> list[list[Image.Image]]:
@@ -35,7 +37,7 @@ def cached_generate(pipe, prompts, seeds, preset, store, edits=None) -> list[lis
 
 def cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits=None) -> np.ndarray:
     """SSCD features (N, S, D) of what `cached_generate` gives for the same arguments, also one case for each prompt."""
-    config = {"what": "SSCD", "sscd": sscd.name, "transform": preset.sscd_transform}
+    config = {"what": "SSCD", "sscd": sscd.name, "transform": repr(TRANSFORMS[preset.sscd_transform])}
     cases, by_fingerprint = _cases(prompts, seeds, preset, edits)
 
     def compute(cases: list[dict]) -> list[dict]:
@@ -60,6 +62,8 @@ def _generated(pipe, prompts, seeds, preset, store, edits=None) -> list[dict]:
 
 def _cases(prompts, seeds, preset, edits) -> tuple[list[dict], dict]:
     """What a generation of each prompt depends on, beside the model, and fingerprint → edit."""
+    if not prompts:
+        raise ValueError("No prompts: give at least one.")
     edits = edits or [None] * len(prompts)
     fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit}  # once for an edit that prompts share
     fingerprints[None] = None
@@ -126,9 +130,17 @@ def _timed_cases(pipe, cases: list[dict], compute, store) -> list[dict]:
         seconds = (time.perf_counter() - start) / len(chosen)
         return [{**result, "seconds": seconds} for result in results]
 
-    model = model_hash(pipe)
+    key = {"model": model_hash(pipe), **_beside_weights(pipe)}
     batch_size = max(1, 32 // len(cases[0]["seeds"]))
-    return store.map([case | {"model": model} for case in cases], timed, batch_size=batch_size, desc=cases[0]["what"])
+    return store.map([case | key for case in cases], timed, batch_size=batch_size, desc=cases[0]["what"])
+
+
+def _beside_weights(pipe) -> dict:
+    """What else of a pipeline its generations depend on: the sampler, and which token a word is."""
+    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    scheduler = f"{type(pipe.scheduler).__name__} {sorted(settings.items())}"
+    tokens = hashlib.sha256(repr(sorted(pipe.tokenizer.get_vocab().items())).encode())
+    return {"scheduler": scheduler, "tokens": tokens.hexdigest()[:16]}
 
 
 def audit(pipe, targets, preset, store, sscd=None, edits=None, clip=None) -> pd.DataFrame:
@@ -148,35 +160,35 @@ def audit(pipe, targets, preset, store, sscd=None, edits=None, clip=None) -> pd.
     Raises:
         ValueError: a list of edits that is not as long as the targets.
     """
-    sscd = sscd or load_sscd()
+    sscd, seeds = sscd or load_sscd(), preset.seeds
     prompts = [target.prompt for target in targets]
+    plain = cached_embeddings(pipe, prompts, seeds, preset, store, sscd)  # (N, S, D)
     originals = sscd.embed([target.image for target in targets], preset.sscd_transform)  # (N, D)
     texts = None if clip is None else clip.embed_texts(prompts)
 
     def columns(each):  # name → (N, S)
-        ours = cached_embeddings(pipe, prompts, preset.seeds, preset, store, sscd, each)  # (N, S, D)
+        ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, each)
         others = ours.sum(axis=1, keepdims=True) - ours
         scores = {
             "sscd": np.einsum("nsd,nd->ns", ours, originals),
             "sscd_gen": np.einsum("nsd,nsd->ns", ours, plain),
-            "d_sscd": np.einsum("nsd,nsd->ns", ours, others) / (seeds - 1 or np.nan),
+            "d_sscd": np.einsum("nsd,nsd->ns", ours, others) / (len(seeds) - 1 or np.nan),
         }
         if clip is not None:
-            images = cached_generate(pipe, prompts, preset.seeds, preset, store, each)
+            images = cached_generate(pipe, prompts, seeds, preset, store, each)
             scores["alignment"] = _alignments(images, texts, clip)
         return scores
 
-    seeds = len(preset.seeds)
-    plain, rows = cached_embeddings(pipe, prompts, preset.seeds, preset, store, sscd), []
+    rows = []
     for name, edit in (edits or {"none": None}).items():
         scores = columns(None if edit is None else _one_for_each(edit, targets, name))
         for i, target in enumerate(targets):
             about = {"mitigation": name, "target": target.id, "prompt": target.prompt, "kind": target.kind}
             about |= {"duplicates": target.duplicates}
-            for j, seed in enumerate(preset.seeds):
+            for j, seed in enumerate(seeds):
                 rows.append(about | {"seed": seed} | {column: float(of[i, j]) for column, of in scores.items()})
     table = pd.DataFrame(rows)
-    table.attrs = provenance(pipe, preset, sscd)
+    table.attrs = provenance(pipe, preset, sscd, clip)
     return table
 
 
@@ -210,7 +222,9 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.D
         row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean(), "low": low, "high": high}
         flat = [image for of_caption in images for image in of_caption]
         rows.append(row | {"frechet": frechet_distance(clip.embed_images(flat), features)})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs = provenance(pipe, preset, clip=clip)
+    return table
 
 
 def _one_for_each(edit, targets, name) -> list:
@@ -228,6 +242,7 @@ def cached_edits(localize_each, pipe, targets, config, store, **kwargs) -> list[
         kwargs: what else it takes; `statistics` counts for the case.
     """
     key = {"what": localize_each.__module__, "config": asdict(config), "model": base_hash(pipe)}
+    key |= _beside_weights(pipe)
     if "statistics" in kwargs:
         key["statistics"] = kwargs["statistics"].fingerprint()
     by_id = {target.id: target for target in targets}
@@ -240,12 +255,17 @@ def cached_edits(localize_each, pipe, targets, config, store, **kwargs) -> list[
     return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=16, progress=False)]
 
 
-def provenance(pipe, preset, sscd) -> dict:
+def provenance(pipe, preset, sscd=None, clip=None) -> dict:
     """What made a table: goes into its `attrs`, and from there into the CSV."""
+    judges = {}
+    if sscd is not None:
+        judges["sscd"] = f"{sscd.name}, transform {preset.sscd_transform}"
+    if clip is not None:
+        judges["clip"] = Path(clip.model.name_or_path).name
     return {
         "model": preset.model,
         "weights": model_hash(pipe),
-        "sscd": f"{sscd.name}, transform {preset.sscd_transform}",
+        **judges,
         "sampling": " ".join(f"{k}={v}" for k, v in preset.sampling.items()),
         "dori_utils": __version__,
     }

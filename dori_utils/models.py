@@ -57,7 +57,7 @@ def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=N
 
     device = torch.device(device) if device is not None else default_device()
     folder = _locate(name_or_path, revision, local_files_only)
-    dtype = dtype or (torch.float16 if device.type == "cuda" and folder != TESTBED else torch.float32)
+    dtype = dtype or (torch.float16 if device.type == "cuda" and folder.resolve() != TESTBED else torch.float32)
     _check_files(folder)
     try:
         with _quiet():

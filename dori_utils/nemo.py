@@ -21,15 +21,15 @@ above tau decides against a set, the seed that was highest last time is tried be
 from the last layer to the first, the blocks of the U-Net before it are not run again, but give what they gave under the
 initial selection (`replayed`). Each set of a batch blocks its own neurons, by a hook (`blocked`).
 
-One thing is taken for granted. While neurons are unblocked one after the other (a run), a seed that is below tau by a
-margin (`MARGIN`) at the run's beginning and at its end is not tried in between. A seed whose score leaps up by more
-than that and back, on the way through at most `MOST_AHEAD` neurons, would be missed; the scorecard compares with the
-search that tries everything.
+One thing is taken for granted. While neurons are unblocked one after the other (a run of at most `MOST_AHEAD`), a seed
+that is below tau by a margin (`Config.margin`) both before the run and at its end is not tried in between. A seed whose
+score leaps up by more than that and back within a run would be missed; `localize_one_by_one` tries everything.
 
 Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers, one after the other.
 """
 
 import hashlib
+import math
 import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -44,7 +44,6 @@ from .edits import Edit, base_hash, union
 from .generation import encode_prompts, initial_latents
 
 MOST_AHEAD = 32  # sets that a target asks for at once
-MARGIN = 0.05  # of similarity
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Config:
     similarity: str = "ms_ssim"  # of two changes of the noise, see `detection.pairwise_similarity`
     num_inference_steps: int = 50  # of the schedule whose first timestep is used
     second_timestep: bool = False  # the authors' code evaluates the initial noise at the second timestep
+    margin: float = 0.05  # of similarity, for seeds that need not be tried; infinity: try all, always. Ours, for speed
     layers: str = r"^(down_blocks|mid_block)\..*attn2\.to_v$"  # names of the layers, a regular expression
 
 
@@ -186,7 +186,7 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
         config: a `Config`.
         batch_size: rows (a set of neurons and a seed) in one batch of the U-Net.
         callback: called with {"target", "stage", "blocked", "score", "threshold"} for every decision. blocked is how
-            many neurons the set has; the score is over the seeds tried, which are all where it is below the threshold.
+            many neurons the set has; the score is over the seeds that were tried, one of which is enough to reject.
 
     Returns:
         List of N edits; a prompt that is not memorized has one without any neuron.
@@ -223,12 +223,13 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
 
 @torch.no_grad()
 def localize_one_by_one(pipe, target, statistics, config=None):
-    """The edit of `localize_each` for one target without its shortcuts: one set of neurons after the other, all seeds.
+    """`localize_each` for one target without its shortcuts: one set of neurons after the other, on all counted seeds.
 
-    It is there to compare with: same decisions, more time.
+    It is there to compare with: the same decisions, up to rounding and `Config.margin`, in more time.
     """
     config = config or Config()
     layers = value_layers(pipe.unet, config.layers)
+    _check_statistics(base_hash(pipe), layers, statistics)
     judge = _Judge(pipe, [target.prompt], layers, statistics.tau, config, len(config.seeds))
     seeds, rounds = judge.counted[0], _rounds(pipe, target.prompt, layers, statistics, config)
     if not seeds:
@@ -240,7 +241,7 @@ def localize_one_by_one(pipe, target, statistics, config=None):
             with blocked(layers, chosen.expand(len(seeds), -1)):
                 embeds = judge.embeds.expand(len(seeds), -1, -1)
                 maps = first_step_change(pipe, embeds, judge.noise[seeds], judge.t)
-            score = judge.compare(maps, judge.unblocked[0, seeds]).max().item()
+            score = _finite(judge.compare(maps, judge.unblocked[0, seeds]).max().item())
             ((chosen,), *_) = search.send([score])
     except StopIteration as end:
         return _edit(base_hash(pipe), target, end.value, layers, statistics, config)
@@ -356,7 +357,7 @@ def _unblock(stage, chosen, groups, tau, selected, report, most_ahead):
             candidate[group] = False
             sets.append(candidate)
             base = candidate if last else chosen
-        scores = yield torch.stack(sets), tau, selected, last
+        scores = yield torch.stack(sets), tau, selected, last and stage == "neurons"
         ahead = min(2 * ahead, most_ahead)
         for candidate, score in zip(sets, scores, strict=True):
             report(stage, candidate, score, tau)
@@ -383,7 +384,7 @@ class _Judge:
 
     def __init__(self, pipe, prompts, layers, tau, config, batch_size):
         self.pipe, self.layers, self.batch_size = pipe, layers, batch_size
-        self.compare = PAIRWISE[config.similarity][1]
+        self.compare, self.margin = PAIRWISE[config.similarity][1], config.margin
         self.t = ddim(pipe, config.num_inference_steps).timesteps[int(config.second_timestep)]
         self.embeds, self.noise = encode_prompts(pipe, prompts), initial_latents(pipe, config.seeds)
         unet = pipe.unet
@@ -402,44 +403,37 @@ class _Judge:
         """Target → (sets (M, neurons), threshold, base, run) to target → list of M scores.
 
         A score is the largest over the counted seeds that were tried. Those are all where it is below the threshold,
-        but for the seeds that a run lets out.
+        but for the seeds that a run lets out. Of a run, scores after the first that is not below mean nothing.
         """
         for i, (_, _, base, _) in requests.items():
             if base is not None and i not in self.recorded:
                 self.recorded[i] = base, self._record(i, base)
         tried = {i: [{} for _ in sets] for i, (sets, *_) in requests.items()}  # target → for each set: seed → score
-        first = [(i, c, self.counted[i][0]) for i, (sets, *_) in requests.items() for c in range(len(sets))]
-        self._try(first, requests, tried)
-        others = {i: self.counted[i][1:] for i in requests}
-        left = {i: self._below(tried[i], threshold, run) for i, (_, threshold, _, run) in requests.items()}
-        ends = {i: sets[-1:] if requests[i][3] else sets for i, sets in left.items()}
-        self._try([(i, c, seed) for i, sets in ends.items() for c in sets for seed in others[i]], requests, tried)
-        between = []
+        needed = [(i, c, self.counted[i][0]) for i, (sets, *_) in requests.items() for c in range(len(sets))]
+        while needed:
+            self._try(needed, requests, tried)
+            needed = [
+                case
+                for i, (_, threshold, _, run) in requests.items()
+                for case in self._needed(i, tried[i], threshold, run)
+            ]
         for i, (_, threshold, _, run) in requests.items():
-            if run and left[i]:
-                seeds = [s for s in others[i] if not self._bracketed(i, s, tried[i][left[i][-1]][s], threshold)]
-                between += [(i, c, seed) for c in left[i][:-1] for seed in seeds]
-        self._try(between, requests, tried)
-        for i, (_, threshold, _, run) in requests.items():
-            self._remember(i, tried[i], threshold, run)
+            if accepted := _below(tried[i], threshold, run):
+                self.latest[i] |= tried[i][accepted[-1 if run else 0]]
         return {i: [max(scores.values()) for scores in of_target] for i, of_target in tried.items()}
 
-    @staticmethod
-    def _below(tried, threshold, run):
-        """The sets whose score is below the threshold so far; of a run only those before the first that is not."""
-        below = [max(scores.values()) < threshold for scores in tried]
-        if run and False in below:
-            return list(range(below.index(False)))
-        return [c for c, is_below in enumerate(below) if is_below]
-
-    def _bracketed(self, i, seed, score, threshold):
-        """Whether a seed is so low at the end of a run, and was before it, that it need not be tried in between."""
-        return max(score, self.latest[i].get(seed, float("inf"))) < threshold - MARGIN
-
-    def _remember(self, i, tried, threshold, run):
-        """Scores of the last set that may stay: where the next run begins."""
-        if accepted := self._below(tried, threshold, run):
-            self.latest[i] |= tried[accepted[-1 if run else 0]]
+    def _needed(self, i, tried, threshold, run):
+        """The cases (target, number of the set, seed) without which the target's sets cannot be decided on yet."""
+        seeds, below = self.counted[i], _below(tried, threshold, run)
+        if not run:
+            return [(i, c, seed) for c in below for seed in seeds if seed not in tried[c]]
+        if not below:
+            return []
+        *between, end = below
+        if missing := [(i, end, seed) for seed in seeds if seed not in tried[end]]:
+            return missing
+        doubtful = [s for s in seeds if max(tried[end][s], self.latest[i].get(s, 1)) >= threshold - self.margin]
+        return [(i, c, seed) for c in between for seed in doubtful if seed not in tried[c]]
 
     def _try(self, cases, requests, tried):
         """Scores of cases (target, number of the set, seed), into `tried`."""
@@ -449,9 +443,7 @@ class _Judge:
         maps = self._changes(rows, torch.stack([requests[i][0][c] for i, c, _ in cases]))
         similarity = self.compare(maps, self.unblocked[rows[:, 0], rows[:, 1]]).tolist()
         for (i, c, seed), value in zip(cases, similarity, strict=True):
-            if value != value:
-                raise FloatingPointError("A memorization score is not a number. Check the weights; try float32.")
-            if value > max(tried[i][c].values(), default=-float("inf")):
+            if _finite(value) > max(tried[i][c].values(), default=-float("inf")):
                 self.counted[i].remove(seed)
                 self.counted[i].insert(0, seed)
             tried[i][c][seed] = value
@@ -480,6 +472,20 @@ class _Judge:
         with blocked(self.layers, base.expand(count, -1)), recorded(self.blocks) as outputs:
             first_step_change(self.pipe, self.embeds[i].expand(count, -1, -1), self.noise, self.t)
         return [[_row(output, seed) for output in outputs] for seed in range(count)]
+
+
+def _finite(score):
+    if not math.isfinite(score):
+        raise FloatingPointError("A memorization score is not a number. Check the weights; try float32.")
+    return score
+
+
+def _below(tried, threshold, run):
+    """The sets whose score is below the threshold so far; of a run only those before the first that is not."""
+    below = [max(scores.values()) < threshold for scores in tried]
+    if run and False in below:
+        return list(range(below.index(False)))
+    return [c for c, is_below in enumerate(below) if is_below]
 
 
 def _counted_seeds(maps, tau, similarity):

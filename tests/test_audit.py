@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from dori_utils import audit as audit_module
@@ -116,16 +117,19 @@ def test_each_target_is_audited_under_its_own_edit(tiny_testbed, store):
 
 
 def test_rows_hold_diversity_and_alignment(tiny_testbed, store, clip):
-    targets = make_targets(tiny_testbed)
+    targets, preset = make_targets(tiny_testbed), dataclasses.replace(PRESET, seeds=(0, 1, 2))
     half = value_rows_off(tiny_testbed, 0.5)
-    rows = audit(tiny_testbed, targets, PRESET, store, edits={"none": None, "half": half}, clip=clip)
+    rows = audit(tiny_testbed, targets, preset, store, edits={"none": None, "half": half}, clip=clip)
     prompts = [target.prompt for target in targets]
-    images = cached_generate(tiny_testbed, prompts, PRESET.seeds, PRESET, store, [half] * 3)
+    images = cached_generate(tiny_testbed, prompts, preset.seeds, preset, store, [half] * 3)
     of_half = rows[rows["mitigation"] == "half"]
     expected = diversity(load_sscd().embed_rows(images, PRESET.sscd_transform))
     assert of_half.groupby("target", sort=False)["d_sscd"].mean().tolist() == pytest.approx(expected, abs=1e-6)
-    aligned = [clip_alignment(row, [prompt] * 2, clip).tolist() for row, prompt in zip(images, prompts, strict=True)]
+    aligned = [clip_alignment(row, [prompt] * 3, clip).tolist() for row, prompt in zip(images, prompts, strict=True)]
     assert of_half["alignment"].tolist() == pytest.approx(sum(aligned, []), abs=1e-6)
+    assert rows.attrs["clip"] == "clip0"  # the folder's name
+    one_seed = audit(tiny_testbed, targets, dataclasses.replace(PRESET, seeds=(0,)), store)
+    assert one_seed["d_sscd"].isna().all() and "alignment" not in one_seed
 
 
 def test_features_are_kept_apart_by_edit_and_need_no_second_generation(tiny_testbed, store):
@@ -141,6 +145,29 @@ def test_features_are_kept_apart_by_edit_and_need_no_second_generation(tiny_test
             path.unlink()
     assert (cached_embeddings(tiny_testbed, prompts, *arguments, sscd, [half, None]) == features).all()
     assert not any("images" in np.load(path) for path in store.folder.glob("*.npz"))
+
+
+def test_another_sampler_or_judge_is_another_case(tiny_testbed, store):
+    sscd, arguments = load_sscd(), (["a cat"], PRESET.seeds)
+    features = cached_embeddings(tiny_testbed, *arguments, PRESET, store, sscd)
+    sharper = dataclasses.replace(PRESET, sscd_transform="sd")
+    assert (cached_embeddings(tiny_testbed, *arguments, sharper, store, sscd) != features).any()
+    other = dataclasses.replace(sscd, name="another SSCD")
+    cases = len(list(store.folder.glob("*.npz")))
+    cached_embeddings(tiny_testbed, *arguments, PRESET, store, other)
+    assert len(list(store.folder.glob("*.npz"))) == cases + 1
+    own, images = tiny_testbed.scheduler, cached_generate(tiny_testbed, *arguments, PRESET, store)
+    try:
+        tiny_testbed.scheduler = EulerDiscreteScheduler.from_config(own.config)
+        others = cached_generate(tiny_testbed, *arguments, PRESET, store)
+    finally:
+        tiny_testbed.scheduler = own
+    assert (np.array(images) != np.array(others)).any()
+
+
+def test_no_prompts_are_refused(tiny_testbed, store):
+    with pytest.raises(ValueError, match="No prompts"):
+        cached_generate(tiny_testbed, [], (0, 1), PRESET, store)
 
 
 def test_what_edits_cost_ordinary_prompts_is_compared_caption_by_caption(tiny_testbed, store, clip):

@@ -181,6 +181,52 @@ def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     assert sum(edits[0].sparsity().values()) > 0
 
 
+def judged(table, counted, latest, run):
+    """What a judge says of sets in which seeds score as in the table, and the cases (set, seed) that it tried."""
+    judge, asked = nemo._Judge.__new__(nemo._Judge), []
+    judge.counted, judge.latest, judge.margin = [list(counted)], [dict(latest)], 0.05
+
+    def scores_of_table(cases, requests, tried):
+        for i, c, seed in cases:
+            asked.append((c, seed))
+            tried[i][c][seed] = table[c][seed]
+
+    judge._try = scores_of_table
+    (scores,) = judge.scores({0: (torch.zeros(len(table), 3).bool(), 0.6, None, run)}).values()
+    return scores, asked, judge.latest[0]
+
+
+def test_a_seed_that_is_low_at_both_ends_of_a_run_is_not_tried_in_between():
+    table = [{0: 0.3, 1: 0.9}, {0: 0.3, 1: 0.2}, {0: 0.3, 1: 0.2}]
+    scores, asked, latest = judged(table, [0, 1], {0: 0.3, 1: 0.2}, run=True)
+    assert asked == [(0, 0), (1, 0), (2, 0), (2, 1)] and max(scores) < 0.6 and latest == {0: 0.3, 1: 0.2}
+
+
+@pytest.mark.parametrize("before, end", [(0.56, 0.2), (0.2, 0.56)])
+def test_a_seed_within_the_margin_at_either_end_is_tried_in_between(before, end):
+    table = [{0: 0.3, 1: 0.2}, {0: 0.3, 1: 0.9}, {0: 0.3, 1: end}]
+    scores, asked, latest = judged(table, [0, 1], {0: 0.3, 1: before}, run=True)
+    assert {(0, 1), (1, 1), (2, 1)} <= set(asked) and scores[:2] == [0.3, 0.9] and latest == {0: 0.3, 1: 0.2}
+
+
+def test_the_set_that_stays_is_tried_on_every_seed():
+    table = [{0: 0.3, 1: 0.2, 2: 0.1}, {0: 0.3, 1: 0.9, 2: 0.1}, {0: 0.3, 1: 0.9, 2: 0.2}]
+    scores, asked, latest = judged(table, [0, 1, 2], {0: 0.3, 1: 0.2, 2: 0.1}, run=True)
+    assert scores[0] < 0.6 <= scores[1] and (0, 2) in asked and latest == {0: 0.3, 1: 0.2, 2: 0.1}
+
+
+def test_the_leading_seed_cuts_a_run():
+    table = [{0: 0.3, 1: 0.2}, {0: 0.9, 1: 0.2}, {0: 0.3, 1: 0.9}]
+    scores, asked, _ = judged(table, [0, 1], {0: 0.3, 1: 0.2}, run=True)
+    assert scores[0] < 0.6 <= scores[1] and asked == [(0, 0), (1, 0), (2, 0), (0, 1)]
+
+
+def test_one_counted_seed_decides_alone_and_without_a_run_all_seeds_are_tried():
+    assert judged([{0: 0.3}, {0: 0.4}], [0], {}, run=True)[0] == [0.3, 0.4]
+    scores, asked, latest = judged([{0: 0.3, 1: 0.5}, {0: 0.7, 1: 0.2}], [0, 1], {}, run=False)
+    assert scores == [0.5, 0.7] and (0, 1) in asked and (1, 1) not in asked and latest == {0: 0.3, 1: 0.5}
+
+
 @torch.no_grad()
 def test_a_planted_neuron_is_found_and_nothing_else(memorizing):
     secret, ordinary = nemo.localize_each(

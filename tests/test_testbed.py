@@ -6,9 +6,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from dori_utils import nemo
 from dori_utils.audit import audit, scores_by_target
 from dori_utils.metrics import load_clip, retrieval_accuracy
-from dori_utils.models import TESTBED, load_pipeline
+from dori_utils.models import TESTBED, load_pipeline, model_hash
 from dori_utils.presets import PRESETS
 from dori_utils.store import Store
 from dori_utils.targets import load_targets
@@ -28,6 +29,12 @@ def test_targets_are_the_plan_and_its_counts():
         target = by_id[plan.id]
         assert (target.prompt, target.kind, target.duplicates) == (plan.scene.caption, plan.kind, counts[plan.id])
         assert (np.asarray(target.image) == plan.scene.draw()).all()
+
+
+def test_statistics_for_nemo_are_of_this_model():
+    statistics = nemo.Statistics.load(TESTBED / "nemo_statistics.safetensors")
+    assert statistics.model == model_hash(load_pipeline("testbed", device="cpu"))
+    assert 0.3 < statistics.tau < 0.9 and len(statistics.mean) == 16
 
 
 def test_it_loads_by_diffusers_alone():

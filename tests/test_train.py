@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from dori_utils.models import TESTBED
+from dori_utils import nemo
+from dori_utils.models import TESTBED, load_pipeline, model_hash
 from dori_utils.testbed import data, train
 from dori_utils.testbed.fitting import Stage, fit
 
@@ -103,29 +104,32 @@ def test_unet_has_the_topology_of_stable_diffusion():
 
 @pytest.mark.slow
 def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_path, monkeypatch):
-    short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3)}
-    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_again", "unet_last")}
+    short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3), "unet_again": Stage(steps=3, batch_size=32, lr=1e-3)}
+    short |= {"unet_last": Stage(steps=3, batch_size=32, lr=0.0)}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
     tokenizer = train.new_tokenizer()
     text_encoder = train.new_clip(tokenizer).text_model
     unet = train.train_unet(tmp_path, train.new_vae().requires_grad_(False), tokenizer, text_encoder)
-    first = torch.load(tmp_path / "unet.pt", weights_only=True)["average"]
-    for name, weight in unet.state_dict().items():  # a learning rate of zero: what the first part left
-        torch.testing.assert_close(weight, first[name])
+    first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True)["average"] for name in ("unet", "unet_again")
+    )
+    for name, weight in unet.state_dict().items():  # a learning rate of zero: what the second part left
+        torch.testing.assert_close(weight, second[name])
+    assert any((first[name] != second[name]).any() for name in first)
     logs = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("unet_again", "unet_last")]
     assert [len(log) for log in logs] == [1, 1]
 
 
 @pytest.mark.slow
 def test_clip_goes_on_with_other_scenes_where_its_first_part_ended(tmp_path, monkeypatch):
-    short = {"clip": Stage(steps=2, batch_size=8, lr=1e-3), "clip_again": Stage(steps=2, batch_size=8, lr=0.0)}
+    short = {name: Stage(steps=2, batch_size=8, lr=0.0) for name in ("clip", "clip_again")}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
     clip = train.train_clip(tmp_path, train.new_tokenizer())
     first = torch.load(tmp_path / "clip.pt", weights_only=True)["average"]
     for name, weight in clip.state_dict().items():
         torch.testing.assert_close(weight, first[name])
     losses = [pd.read_csv(tmp_path / f"{name}.csv")["loss"].iloc[0] for name in ("clip", "clip_again")]
-    assert losses[0] != losses[1]
+    assert losses[0] != losses[1]  # of the same weights: other scenes
 
 
 @pytest.mark.slow
@@ -139,5 +143,8 @@ def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
     image = pipe("an owl on a plain background", num_inference_steps=2, output_type="pt").images
     assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
+    train.save_nemo_statistics(tmp_path, num_captions=3)
+    statistics = nemo.Statistics.load(tmp_path / "nemo_statistics.safetensors")
+    assert statistics.model == model_hash(load_pipeline(tmp_path, device="cpu")) and len(statistics.mean) == 16
     expected = clip.text_model(train.tokenize(tokenizer, ["an owl"])).last_hidden_state
     torch.testing.assert_close(pipe.text_encoder(train.tokenize(tokenizer, ["an owl"])).last_hidden_state, expected)

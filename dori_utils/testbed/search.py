@@ -12,7 +12,7 @@ import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 
-from .data import TrainingSet, planned
+from .data import NEAR_SHARES, TrainingSet, planned
 
 THUMBNAIL = 8  # px
 CHUNK = 4096  # draws in one case of the store
@@ -36,6 +36,7 @@ def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> 
     """(M, 8, 8, 3) uint8, from the store or drawn, which takes minutes the first time."""
     chunks = [draws[i : i + CHUNK] for i in range(0, len(draws), CHUNK)]
     key = {"what": "training thumbnails", "parts": training_set.parts, "seed": training_set.seed, "side": THUMBNAIL}
+    key["near"] = list(NEAR_SHARES.items())
 
     def compute(cases: list[dict]) -> list[dict]:
         jobs = (delayed(_scene_thumbnails)(training_set, chunks[case["chunk"]]) for case in cases)
