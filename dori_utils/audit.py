@@ -85,9 +85,10 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
     sscd = sscd or load_sscd()
     steps = preset.num_inference_steps
     settings = {"seeds": preset.detection_seeds, "num_inference_steps": steps, "progress": False}
+    first_step = {"pairwise": preset.nemo.similarity, "second_timestep": preset.nemo.second_timestep}
     detectors = {
         "noise magnitude": (noise_magnitude, {}, 2),
-        "first-step similarity": (first_step_similarity, {"pairwise": preset.pairwise}, 1),
+        "first-step similarity": (first_step_similarity, first_step, 1),
     }
     rows, prompt_cases = [], [{"prompt": prompt} for prompt in prompts]
     for name, (function, own, evaluations) in detectors.items():

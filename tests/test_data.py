@@ -70,6 +70,33 @@ def test_near_scenes_begin_late_and_leave_the_plan_as_it_is(monkeypatch):
     assert (before.plan_index == after.plan_index).all()
 
 
+def test_the_last_near_scenes_have_an_object_of_like_colour():
+    assert "penguin" in data.alike("shark") and "shark" not in data.alike("shark")
+    targets = [p.scene for p in data.planned() if p.rate > 0]
+    others = []
+    for index in range(200):
+        named = data.near_scene(index, other_alike=True).named
+        if len(named) == 2 and not any(set(named) == set(target.named) for target in targets):
+            kept = [set(named) & set(target.named) for target in targets]
+            assert any(
+                set(named) - keep <= {*data.alike(old)}
+                for keep, target in zip(kept, targets, strict=True)
+                for old in {*target.named} - keep
+                if len(keep) == 1
+            )
+            others.append(named)
+    assert len(others) > 60
+
+
+def test_the_last_part_takes_objects_of_like_colour(monkeypatch):
+    monkeypatch.setattr(data, "NEAR_SHARES", {0: 1.0})
+    monkeypatch.setattr(data, "ALIKE_FROM", 500)
+    training_set = data.TrainingSet((1_000,))
+    ordinary = np.flatnonzero(training_set.plan_index == -1)
+    for draw in (ordinary[0], ordinary[-1]):
+        assert training_set.scene(draw) == data.near_scene(draw, other_alike=bool(draw >= 500))
+
+
 def test_no_ordinary_scene_has_the_caption_of_a_target():
     reserved = {p.scene.caption for p in data.planned()}
     assert not reserved & {data.ordinary_scene(i).caption for i in range(3_000)}

@@ -95,6 +95,23 @@ def test_timesteps_cover_the_schedule_evenly():
     assert sorted((timesteps // 20).tolist()) == list(range(50))
 
 
+def test_some_samples_are_noise_alone_at_the_last_timestep():
+    latents, scheduler = torch.full((400, 8, 4, 4), 5.0), train.new_scheduler()
+    noisy, timesteps, velocity = train.noised(scheduler, latents, torch.Generator().manual_seed(0), 0.25)
+    signal, noise = scheduler.alphas_cumprod[999] ** 0.5, (1 - scheduler.alphas_cumprod[999]) ** 0.5
+    alone = noisy.mean((1, 2, 3)).abs() < 0.3  # the schedule alone would leave 0.34 of the 5, and more before its end
+    last = timesteps == 999
+    assert 60 < last.sum() < 140 and (last & alone).sum() > 0.9 * last.sum()
+    torch.testing.assert_close(velocity[last], signal * noisy[last] - noise * 5.0, rtol=0, atol=0.15)
+
+
+def test_without_a_share_no_sample_is_noise_alone():
+    latents, generator = torch.full((400, 8, 4, 4), 5.0), torch.Generator().manual_seed(0)
+    noisy, timesteps, _ = train.noised(train.new_scheduler(), latents, generator, 0.0)
+    assert (timesteps == 999).sum() <= 1
+    assert noisy[timesteps > 990].mean() > 0.25
+
+
 def test_unet_has_the_topology_of_stable_diffusion():
     names = [name for name, _ in train.new_unet().named_modules()]
     value = [n for n in names if n.endswith("attn2.to_v") and not n.startswith("up_blocks")]
@@ -105,7 +122,7 @@ def test_unet_has_the_topology_of_stable_diffusion():
 @pytest.mark.slow
 def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_path, monkeypatch):
     short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3), "unet_again": Stage(steps=3, batch_size=32, lr=1e-3)}
-    short |= {"unet_last": Stage(steps=3, batch_size=32, lr=0.0)}
+    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_last", "unet_noise", "unet_alike")}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
     tokenizer = train.new_tokenizer()
     text_encoder = train.new_clip(tokenizer).text_model
@@ -116,8 +133,9 @@ def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_p
     for name, weight in unet.state_dict().items():  # a learning rate of zero: what the second part left
         torch.testing.assert_close(weight, second[name])
     assert any((first[name] != second[name]).any() for name in first)
-    logs = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("unet_again", "unet_last")]
-    assert [len(log) for log in logs] == [1, 1]
+    logs = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("unet_again", "unet_last", "unet_noise")]
+    assert [len(log) for log in logs] == [1, 1, 1]
+    assert logs[1]["repeated"][0] != logs[2]["repeated"][0]
 
 
 @pytest.mark.slow

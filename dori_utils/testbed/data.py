@@ -7,9 +7,10 @@ ladder    5 x 8   verbatim, at a quarter of VM's rate, a sixteenth, ... a 1024th
 once      32      verbatim, exactly once
 control   64      never
 The rest of the draws are ordinary scenes, each drawn once and never again. No ordinary scene has a target's caption.
-From draw 192,000 on, one ordinary scene in four, and from 252,800 on one in two, has all but one fact of a repeated
-caption (another object, another background, or one object less), so that the model must read a caption to its end
-before it answers from memory.
+From draw 192,000 on, one ordinary scene in four, from 252,800 on one in two, and from 320,000 on seven in ten have all
+but one fact of a repeated caption (another object, another background, or one object less), so that the model must read
+a caption to its end before it answers from memory. In the last of these spans the other object is one of like colour,
+which is what this small CLIP, and so the model, takes for the same thing most often.
 """
 
 import dataclasses
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import Scene, sample_placed, sample_scene, sprite_names
+from .scenes import Scene, load_sprites, mean_color, sample_placed, sample_scene, sprite_names
 
 VM_RATE, TM_RATE = 0.01, 0.0025  # share of the draws, each scene
 LADDER_RATES = tuple(VM_RATE / 4**rung for rung in range(1, 6))
-NEAR_SHARES = {0: 0.0, 192_000: 0.25, 252_800: 0.5}  # first draw → share of the ordinary draws from there on
+NEAR_SHARES = {0: 0.0, 192_000: 0.25, 252_800: 0.5, 320_000: 0.7}  # first draw → share of the ordinary draws
+ALIKE_FROM = 320_000  # the draw from which the other object is of like colour
 COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(LADDER_RATES), "once": 32, "control": 64}
 FIRST_SEED = {"VM": 1_000_000_000, "TM": 1_100_000_000, "ladder": 1_200_000_000, "once": 1_300_000_000}
 FIRST_SEED |= {"control": 1_400_000_000, "held_out": 1_500_000_000, "validation": 1_600_000_000}
@@ -68,10 +70,20 @@ def ordinary_scene(index: int, first_seed: int = 0) -> Scene:
     return scene
 
 
-def near_scene(index: int) -> Scene:
+@functools.cache
+def alike(name: str, count: int = 10) -> tuple[str, ...]:
+    """The sprites whose mean colour is nearest to that of the one with this name, the nearest first."""
+    colors = np.array([mean_color(sprite) for sprite in load_sprites().values()])  # (sprites, 3)
+    names = list(load_sprites())
+    distances = np.linalg.norm(colors - colors[names.index(name)], axis=1)
+    return tuple(names[i] for i in np.argsort(distances, kind="stable")[1 : count + 1])
+
+
+def near_scene(index: int, other_alike: bool = False) -> Scene:
     """The index-th ordinary scene again, with a caption that shares all but one fact with a repeated target's.
 
-    Targets come in proportion to how often they are repeated. All that a caption leaves out stays random.
+    Targets come in proportion to how often they are repeated. All that a caption leaves out stays random. other_alike:
+    where an object is another one, one of like colour.
     """
     repeated = [p for p in planned() if p.rate > 0]
     rates = np.array([p.rate for p in repeated])
@@ -83,7 +95,8 @@ def near_scene(index: int) -> Scene:
         kept = list(target.named)
         changed = ("object", "background", "fewer")[rng.choice(3, p=(0.5, 0.25, 0.25))]
         if changed == "object":
-            kept[rng.integers(2)] = scene.named[0]
+            which = rng.integers(2)
+            kept[which] = str(rng.choice(alike(kept[which]))) if other_alike else scene.named[0]
         elif changed == "fewer":
             kept.pop(rng.integers(2))
         if changed != "background":
@@ -155,7 +168,7 @@ class TrainingSet:
         if index < 0:
             share = next(share for first, share in reversed(NEAR_SHARES.items()) if draw >= first)
             near = np.random.default_rng((self.seed, draw, 2)).random() < share
-            return near_scene(draw) if near else ordinary_scene(draw)
+            return near_scene(draw, other_alike=draw >= ALIKE_FROM) if near else ordinary_scene(draw)
         planned_scene = planned()[index]
         if planned_scene.kind == "TM":
             return template_variant(planned_scene.scene, variant=draw)

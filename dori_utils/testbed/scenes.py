@@ -171,6 +171,12 @@ def sprite_names() -> tuple[str, ...]:
     return tuple(sorted(load_sprites()))
 
 
+def mean_color(sprite: Image.Image) -> np.ndarray:
+    """(3,) RGB of a sprite, transparent pixels left out."""
+    pixels = np.asarray(sprite, dtype=np.float64).reshape(-1, 4)
+    return np.average(pixels[:, :3], axis=0, weights=pixels[:, 3])
+
+
 def draw_sprite(placed: Placed) -> Image.Image:
     """The sprite flipped, scaled, recoloured and turned, RGBA."""
     sprite = load_sprites()[placed.name]
