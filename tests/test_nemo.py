@@ -169,8 +169,10 @@ def test_blocks_give_what_was_recorded_without_running(pipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [nemo.Config.layers, r"attn2\.to_v$"])
-@pytest.mark.parametrize("tau", [0.3, 0.45, 0.5, 0.7])  # from "selection gives up" to "a few neurons are enough"
+@pytest.mark.parametrize(  # from "selection gives up" to "a few neurons are enough"
+    ("tau", "layers"),
+    [(0.3, nemo.Config.layers), (0.45, nemo.Config.layers), (0.5, r"attn2\.to_v$"), (0.7, nemo.Config.layers)],
+)
 def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     prompts = [SECRET, "a dog on a car", "striped grapes and a violin"]
     statistics, config = statistics_of(memorizing, tau), dataclasses.replace(CONFIG, layers=layers)

@@ -70,6 +70,7 @@ def test_every_word_of_a_caption_is_one_token():
     assert len(tokenizer.tokenize("a xylophone")) > 2  # an unknown word is spelled, not lost
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_same_in_every_process():
     ours = train.new_tokenizer()
     script = "from dori_utils.testbed import train; print(sorted(train.new_tokenizer().get_vocab().items()))"
