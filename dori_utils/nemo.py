@@ -16,14 +16,15 @@ blocks of the U-Net; blocking it sets that output to zero, which is zeroing one 
 tau is the mean plus one standard deviation of first-step similarity over ordinary prompts (`collect_statistics`).
 
 The decisions are those of trying one set after the other, but sets do not go through the U-Net one by one. All targets
-search at once; each asks for several sets ahead, guessing that its next decisions will be like its last; as one seed
-above tau decides against a set, the seed that was highest last time is tried before the others; and as refinement goes
-from the last layer to the first, the blocks of the U-Net before it are not run again, but give what they gave under the
-initial selection (`replayed`). Each set of a batch blocks its own neurons, by a hook (`blocked`).
+search at once; each asks for several sets ahead, guessing that its next decisions will be like its last; one seed above
+tau decides against a set, so in selection all seeds are tried only where the most telling one is below; and as
+refinement goes from the last layer to the first, whatever comes before that layer in the U-Net is not run again, but
+gives what it gave under the initial selection (`replayed`). Each set of a batch blocks its own neurons, by a hook.
 
-One thing is taken for granted. While neurons are unblocked one after the other (a run of at most `MOST_AHEAD`), a seed
-that is below tau by a margin (`Config.margin`) both before the run and at its end is not tried in between. A seed whose
-score leaps up by more than that and back within a run would be missed; `localize_one_by_one` tries everything.
+In refinement only those seeds are watched at every decision that were within `Config.margin` of tau when all were
+tried last. All are tried again after `VERIFY_AFTER` decisions to unblock and at the end; if another one is not below
+tau then, it is watched too, and the decisions since are taken anew. So the result always has every seed below tau, but
+a seed that leaps over tau and back between two such points is missed; `localize_one_by_one` tries everything.
 
 Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers, one after the other.
 """
@@ -44,6 +45,7 @@ from .edits import Edit, base_hash, union
 from .generation import encode_prompts, initial_latents
 
 MOST_AHEAD = 32  # sets that a target asks for at once
+VERIFY_AFTER = 32  # decisions to unblock, after which all seeds are tried
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Config:
     similarity: str = "ms_ssim"  # of two changes of the noise, see `detection.pairwise_similarity`
     num_inference_steps: int = 50  # of the schedule whose first timestep is used
     second_timestep: bool = False  # the authors' code evaluates the initial noise at the second timestep
-    margin: float = 0.05  # of similarity, for seeds that need not be tried; infinity: try all, always. Ours, for speed
+    margin: float = 0.05  # of similarity, for seeds that need not be watched; infinity: watch all. Ours, for speed
     layers: str = r"^(down_blocks|mid_block)\..*attn2\.to_v$"  # names of the layers, a regular expression
 
 
@@ -186,7 +188,7 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
         config: a `Config`.
         batch_size: rows (a set of neurons and a seed) in one batch of the U-Net.
         callback: called with {"target", "stage", "blocked", "score", "threshold"} for every decision. blocked is how
-            many neurons the set has; the score is over the seeds that were tried, one of which is enough to reject.
+            many neurons the set has; the score is over the seeds that were tried.
 
     Returns:
         List of N edits; a prompt that is not memorized has one without any neuron.
@@ -199,12 +201,13 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
     layers, base = value_layers(pipe.unet, config.layers), base_hash(pipe)
     _check_statistics(base, layers, statistics)
     judge = _Judge(pipe, [target.prompt for target in targets], layers, statistics.tau, config, batch_size)
+    memorized = [i for i in range(len(targets)) if judge.counted[i]]
+    most_ahead = min(MOST_AHEAD, max(1, batch_size // (2 * len(memorized) or 1)))  # a batch is full without more
     searches = {}
-    for i, target in enumerate(targets):
-        if judge.counted[i]:
-            report = partial(_report, callback, target.id)
-            rounds = _rounds(pipe, target.prompt, layers, statistics, config)
-            searches[i] = _search(rounds, layers, statistics.tau, report)
+    for i in memorized:
+        report = partial(_report, callback, targets[i].id)
+        rounds = _rounds(pipe, targets[i].prompt, layers, statistics, config)
+        searches[i] = _search(rounds, layers, judge.counted[i], statistics.tau, config.margin, report, most_ahead)
     none = torch.zeros(sum(layer.out_features for layer in layers.values()), dtype=torch.bool)
     found = {i: none for i in range(len(targets)) if i not in searches}
     requests = {i: next(search) for i, search in searches.items()}
@@ -234,15 +237,18 @@ def localize_one_by_one(pipe, target, statistics, config=None):
     seeds, rounds = judge.counted[0], _rounds(pipe, target.prompt, layers, statistics, config)
     if not seeds:
         return _edit(base_hash(pipe), target, torch.zeros_like(rounds[0]), layers, statistics, config)
-    search = _search(rounds, layers, statistics.tau, partial(_report, None, target.id), most_ahead=1)
-    ((chosen,), *_) = next(search)
+    report = partial(_report, None, target.id)
+    search = _search(rounds, layers, seeds, statistics.tau, math.inf, report, most_ahead=1)
+    embeds, latest = judge.embeds.expand(len(seeds), -1, -1), None
+    sets, asked, _ = next(search)
     try:
         while True:
-            with blocked(layers, chosen.expand(len(seeds), -1)):
-                embeds = judge.embeds.expand(len(seeds), -1, -1)
-                maps = first_step_change(pipe, embeds, judge.noise[seeds], judge.t)
-            score = _finite(judge.compare(maps, judge.unblocked[0, seeds]).max().item())
-            ((chosen,), *_) = search.send([score])
+            if latest is None or not torch.equal(latest, sets[0]):
+                latest = sets[0]
+                with blocked(layers, latest.expand(len(seeds), -1)):
+                    maps = first_step_change(pipe, embeds, judge.noise[seeds], judge.t)
+                scores = _finite(judge.compare(maps, judge.unblocked[0, seeds])).cpu()
+            sets, asked, _ = search.send(scores[None, [seeds.index(seed) for seed in asked]])
     except StopIteration as end:
         return _edit(base_hash(pipe), target, end.value, layers, statistics, config)
 
@@ -265,31 +271,42 @@ def blocked(layers, sets):
 
 
 @contextmanager
-def recorded(blocks):
-    """Yields a list to which each block adds its output, a tensor or a nested tuple of tensors."""
+def recorded(modules):
+    """Yields a list to which each module adds itself and its output, a tensor or a nested tuple of tensors."""
     outputs = []
     with ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(block.register_forward_hook(lambda block, args, out: outputs.append(out)))
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(lambda m, args, out: outputs.append((m, out))))
         yield outputs
 
 
 @contextmanager
-def replayed(blocks, outputs):
-    """Within it these blocks do not run, but return the outputs given."""
-    for block, output in zip(blocks, outputs, strict=True):
-        block.forward = lambda *args, output=output, **kwargs: output
+def replayed(modules, outputs):
+    """Within it these modules do not run, but return the outputs given."""
+    for module, output in zip(modules, outputs, strict=True):
+        module.forward = lambda *args, output=output, **kwargs: output
     try:
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def parts(unet):
+    """The layers that a U-Net's blocks are made of, which run one after the other."""
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.upsampling import Upsample2D
+
+    kinds = (ResnetBlock2D, Transformer2DModel, Downsample2D, Upsample2D)
+    return [module for module in unet.modules() if isinstance(module, kinds)]
 
 
 def _stacked(outputs):
     """One output with a row for each of the given ones (without rows), whatever their nesting."""
     if isinstance(outputs[0], tuple):
-        return tuple(_stacked(parts) for parts in zip(*outputs, strict=True))
+        return tuple(_stacked(of_rows) for of_rows in zip(*outputs, strict=True))
     return torch.stack(outputs)
 
 
@@ -297,7 +314,9 @@ def _row(output, number):
     return tuple(_row(part, number) for part in output) if isinstance(output, tuple) else output[number]
 
 
-# --- The search of one target, as a coroutine: it yields sets to judge and is sent their scores --------------------
+# --- The search of one target, as a coroutine ----------------------------------------------------------------------
+# It yields (sets (M, neurons), seeds, base) and is sent the sets' scores on these seeds (M, seeds). base is a set that
+# these and many later ones share their first layers with, or None.
 
 
 def _rounds(pipe, prompt, layers, statistics, config):
@@ -316,58 +335,82 @@ def _rounds(pipe, prompt, layers, statistics, config):
     return torch.stack(rounds)
 
 
-def _search(rounds, layers, tau, report, most_ahead=MOST_AHEAD):
-    """Yields (sets, threshold, base, run) and is sent the sets' scores; returns the set (neurons,) that stays blocked.
-
-    base is a set that these and many later ones share their first layers with, or None; run says that every set is
-    the one before without some neurons.
-    """
-    chosen, tau = yield from _select(rounds, tau, report, most_ahead)
+def _search(rounds, layers, seeds, tau, margin, report, most_ahead):
+    """Returns the set (neurons,) that stays blocked."""
+    chosen, scores, tau = yield from _select(rounds, seeds, tau, report, most_ahead)
     members = torch.arange(len(chosen)).split([layer.out_features for layer in layers.values()])
+    unblock = partial(_unblock, chosen, seeds, tau, margin, report, most_ahead)
     whole = [layer for layer in reversed(members) if chosen[layer].any()]
-    selected = chosen
-    chosen = yield from _unblock("layers", chosen, whole, tau, selected, report, most_ahead)
+    chosen, scores = yield from unblock("layers", chosen, scores, whole)
     single = [neuron for layer in reversed(members) for neuron in layer[chosen[layer]].split(1)]
-    return (yield from _unblock("neurons", chosen, single, tau, selected, report, most_ahead))
+    chosen, scores = yield from unblock("neurons", chosen, scores, single)
+    return chosen
 
 
-def _select(rounds, tau, report, most_ahead):
-    """The first round with a score below tau; else the last, and its score as the new tau."""
-    position, ahead = 0, 1
+def _select(rounds, seeds, tau, report, most_ahead):
+    """The first round with all seeds below tau, and their scores; else the last, and its score as the new tau."""
+    position, ahead, telling = 0, 1, seeds[:1]
     while position < len(rounds):
         sets = rounds[position : position + ahead]
-        scores = yield sets, tau, None, False
-        for candidate, score in zip(sets, scores, strict=True):
+        scores = yield sets, telling, None
+        for candidate, score in zip(sets, scores.amax(dim=1).tolist(), strict=True):
+            if score < tau:
+                (scores,) = yield candidate[None], seeds, None
+                score = scores.max().item()
             report("selection", candidate, score, tau)
             if score < tau:
-                return candidate, tau
+                return candidate, scores, tau
         position, ahead = position + len(sets), min(2 * ahead, most_ahead)
-    (score,) = yield rounds[-1:], float("inf"), None, False  # its score over all seeds
-    return rounds[-1], score
+    (scores,) = yield rounds[-1:], seeds, None
+    return rounds[-1], scores, scores.max().item()
 
 
-def _unblock(stage, chosen, groups, tau, selected, report, most_ahead):
-    """Unblock one group of neurons after the other, keeping it unblocked where the score stays below tau."""
-    position, ahead, last = 0, 1, True
-    while position < len(groups):
-        next_groups = groups[position : position + ahead]
-        sets, base = [], chosen
-        for group in next_groups:  # as they would come if all decisions were like the last
-            candidate = base.clone()
+def _unblock(base, seeds, tau, margin, report, most_ahead, stage, chosen, scores, groups):
+    """Unblock one group of neurons after the other, keeping it unblocked where the score stays below tau.
+
+    Returns the set that stays blocked, and the scores of all seeds under it.
+    """
+    tried_on_all, watched = (0, chosen), _watched(seeds, scores, tau - margin)
+    position, ahead, last, unblocked, decisions = 0, 1, True, 0, []
+    while position < len(groups) or unblocked:
+        if position == len(groups) or unblocked >= VERIFY_AFTER:
+            (new_scores,) = yield chosen[None], seeds, base
+            missed = [s for s, score in zip(seeds, new_scores, strict=True) if score >= tau and s not in watched]
+            if missed:
+                position, chosen = tried_on_all
+                watched, ahead, last = watched + missed, 1, True
+            else:
+                for candidate, score in decisions:
+                    report(stage, candidate, score, tau)
+                scores, tried_on_all = new_scores, (position, chosen)
+                watched = _watched(seeds, scores, tau - margin)
+            unblocked, decisions = 0, []
+            continue
+        sets, guessed = [], chosen
+        for group in groups[position : position + ahead]:  # as they would come if all decisions were like the last
+            candidate = guessed.clone()
             candidate[group] = False
             sets.append(candidate)
-            base = candidate if last else chosen
-        scores = yield torch.stack(sets), tau, selected, last and stage == "neurons"
+            guessed = candidate if last else chosen
+        of_sets = yield torch.stack(sets), watched, base
         ahead = min(2 * ahead, most_ahead)
-        for candidate, score in zip(sets, scores, strict=True):
-            report(stage, candidate, score, tau)
-            unblocked = score < tau
-            chosen = candidate if unblocked else chosen
+        for candidate, score in zip(sets, of_sets.amax(dim=1).tolist(), strict=True):
+            decisions.append((candidate, score))
             position += 1
-            if unblocked != last:  # the sets after this one were asked for under a wrong guess
-                last, ahead = unblocked, 1
+            if score < tau:
+                chosen, unblocked = candidate, unblocked + 1
+            if (score < tau) != last:  # the sets after this one were asked for under a wrong guess
+                last, ahead = score < tau, 1
                 break
-    return chosen
+    for candidate, score in decisions:
+        report(stage, candidate, score, tau)
+    return chosen, scores
+
+
+def _watched(seeds, scores, threshold):
+    """The seeds that score at least the threshold, or the one that scores highest; the highest first."""
+    order = scores.argsort(descending=True).tolist()
+    return [seeds[i] for i in order if scores[i] >= threshold or i == order[0]]
 
 
 def _report(callback, target, stage, candidate, score, threshold):
@@ -384,108 +427,69 @@ class _Judge:
 
     def __init__(self, pipe, prompts, layers, tau, config, batch_size):
         self.pipe, self.layers, self.batch_size = pipe, layers, batch_size
-        self.compare, self.margin = PAIRWISE[config.similarity][1], config.margin
+        self.compare = PAIRWISE[config.similarity][1]
         self.t = ddim(pipe, config.num_inference_steps).timesteps[int(config.second_timestep)]
         self.embeds, self.noise = encode_prompts(pipe, prompts), initial_latents(pipe, config.seeds)
-        unet = pipe.unet
-        self.blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        inside = [[b for b, block in enumerate(self.blocks) if layer in block.modules()] for layer in layers.values()]
-        widths = torch.tensor([layer.out_features for layer in layers.values()])
-        self.block_of_neuron = torch.tensor(inside).flatten().repeat_interleave(widths)  # (neurons,)
-        self.latest = [{} for _ in prompts]  # target → seed → its last score under a set that might stay
-        self.recorded = {}  # target → base, and what every block gave under it: for each seed, for each block
+        with recorded(parts(pipe.unet)) as outputs:
+            first_step_change(pipe, self.embeds[:1], self.noise[:1], self.t)
+        self.parts = [module for module, _ in outputs]  # in the order in which they run
+        widths = [layer.out_features for layer in layers.values()]
+        first = torch.tensor([self._part_of(layer) for layer in layers.values()])
+        self.part_of_neuron = first.repeat_interleave(torch.tensor(widths))  # (neurons,)
+        self.known = {}  # target → base, and of each counted seed what every part gave under it
         everything = torch.cartesian_prod(torch.arange(len(prompts)), torch.arange(len(self.noise)))
-        nothing = torch.zeros(len(everything), int(widths.sum()), dtype=torch.bool)
+        nothing = torch.zeros(len(everything), sum(widths), dtype=torch.bool)
         self.unblocked = self._changes(everything, nothing).unflatten(0, (len(prompts), -1))  # (N, S, C, H, W)
         self.counted = [_counted_seeds(maps, tau, config.similarity) for maps in self.unblocked]
 
     def scores(self, requests):
-        """Target → (sets (M, neurons), threshold, base, run) to target → list of M scores.
-
-        A score is the largest over the counted seeds that were tried. Those are all where it is below the threshold,
-        but for the seeds that a run lets out. Of a run, scores after the first that is not below mean nothing.
-        """
-        for i, (_, _, base, _) in requests.items():
-            if base is not None and i not in self.recorded:
-                self.recorded[i] = base, self._record(i, base)
-        tried = {i: [{} for _ in sets] for i, (sets, *_) in requests.items()}  # target → for each set: seed → score
-        needed = [(i, c, self.counted[i][0]) for i, (sets, *_) in requests.items() for c in range(len(sets))]
-        while needed:
-            self._try(needed, requests, tried)
-            needed = [
-                case
-                for i, (_, threshold, _, run) in requests.items()
-                for case in self._needed(i, tried[i], threshold, run)
-            ]
-        for i, (_, threshold, _, run) in requests.items():
-            if accepted := _below(tried[i], threshold, run):
-                self.latest[i] |= tried[i][accepted[-1 if run else 0]]
-        return {i: [max(scores.values()) for scores in of_target] for i, of_target in tried.items()}
-
-    def _needed(self, i, tried, threshold, run):
-        """The cases (target, number of the set, seed) without which the target's sets cannot be decided on yet."""
-        seeds, below = self.counted[i], _below(tried, threshold, run)
-        if not run:
-            return [(i, c, seed) for c in below for seed in seeds if seed not in tried[c]]
-        if not below:
-            return []
-        *between, end = below
-        if missing := [(i, end, seed) for seed in seeds if seed not in tried[end]]:
-            return missing
-        doubtful = [s for s in seeds if max(tried[end][s], self.latest[i].get(s, 1)) >= threshold - self.margin]
-        return [(i, c, seed) for c in between for seed in doubtful if seed not in tried[c]]
-
-    def _try(self, cases, requests, tried):
-        """Scores of cases (target, number of the set, seed), into `tried`."""
-        if not cases:
-            return
-        rows = torch.tensor([(i, seed) for i, _, seed in cases])
-        maps = self._changes(rows, torch.stack([requests[i][0][c] for i, c, _ in cases]))
-        similarity = self.compare(maps, self.unblocked[rows[:, 0], rows[:, 1]]).tolist()
-        for (i, c, seed), value in zip(cases, similarity, strict=True):
-            if _finite(value) > max(tried[i][c].values(), default=-float("inf")):
-                self.counted[i].remove(seed)
-                self.counted[i].insert(0, seed)
-            tried[i][c][seed] = value
+        """Target → (sets (M, neurons), seeds, base) to target → scores (M, seeds)."""
+        for i, (_, _, base) in requests.items():
+            if base is not None and i not in self.known:
+                self.known[i] = base, self._record(i, base)
+        rows = torch.tensor([(i, seed) for i, (sets, seeds, _) in requests.items() for _ in sets for seed in seeds])
+        sets = torch.cat([sets.repeat_interleave(len(seeds), dim=0) for sets, seeds, _ in requests.values()])
+        similarity = _finite(self.compare(self._changes(rows, sets), self.unblocked[rows[:, 0], rows[:, 1]])).cpu()
+        counts = [len(sets) * len(seeds) for sets, seeds, _ in requests.values()]
+        return {
+            i: scores.unflatten(0, (-1, len(seeds)))
+            for (i, (_, seeds, _)), scores in zip(requests.items(), similarity.split(counts), strict=True)
+        }
 
     def _changes(self, rows, sets):
         """First-step changes (B, C, H, W) of rows (B, 2), target and seed, under sets (B, neurons)."""
-        known = torch.tensor([self._known_blocks(int(i), off) for i, off in zip(rows[:, 0], sets, strict=True)])
-        order, parts = known.argsort(stable=True), []
+        counts = torch.tensor([self._known_parts(int(i), off) for i, off in zip(rows[:, 0], sets, strict=True)])
+        order, changes = counts.argsort(stable=True), []
         for batch in order.split(self.batch_size):
-            row, count = rows[batch], int(known[batch].min())
-            records = [self.recorded[i][1][seed][:count] if count else () for i, seed in row.tolist()]
-            outputs = [_stacked(of_rows) for of_rows in zip(*records, strict=True)]  # block by block
-            with blocked(self.layers, sets[batch]), replayed(self.blocks[:count], outputs):
-                parts.append(first_step_change(self.pipe, self.embeds[row[:, 0]], self.noise[row[:, 1]], self.t))
-        return torch.cat(parts)[order.argsort()]
+            row, count = rows[batch], int(counts[batch].min())
+            records = [self.known[i][1][seed][:count] if count else () for i, seed in row.tolist()]
+            outputs = [_stacked(of_rows) for of_rows in zip(*records, strict=True)]  # part by part
+            with blocked(self.layers, sets[batch]), replayed(self.parts[:count], outputs):
+                changes.append(first_step_change(self.pipe, self.embeds[row[:, 0]], self.noise[row[:, 1]], self.t))
+        return torch.cat(changes)[order.argsort()]
 
-    def _known_blocks(self, i, off):
-        """How many blocks, from the first, give under the set `off` what they gave when target i was recorded."""
-        if i not in self.recorded:
+    def _part_of(self, layer):
+        """The number of the part that has the layer in it; 0, so that nothing before it is known, if none has."""
+        return next((number for number, part in enumerate(self.parts) if layer in part.modules()), 0)
+
+    def _known_parts(self, i, off):
+        """How many parts, from the first, give under the set `off` what they gave when target i was recorded."""
+        if i not in self.known:
             return 0
-        differs = self.block_of_neuron[off != self.recorded[i][0]]
-        return int(differs.min()) if len(differs) else len(self.blocks)
+        differs = self.part_of_neuron[off != self.known[i][0]]
+        return int(differs.min()) if len(differs) else len(self.parts)
 
     def _record(self, i, base):
-        count = len(self.noise)
-        with blocked(self.layers, base.expand(count, -1)), recorded(self.blocks) as outputs:
-            first_step_change(self.pipe, self.embeds[i].expand(count, -1, -1), self.noise, self.t)
-        return [[_row(output, seed) for output in outputs] for seed in range(count)]
+        seeds = self.counted[i]
+        with blocked(self.layers, base.expand(len(seeds), -1)), recorded(self.parts) as outputs:
+            first_step_change(self.pipe, self.embeds[i].expand(len(seeds), -1, -1), self.noise[seeds], self.t)
+        return {seed: [_row(output, row) for _, output in outputs] for row, seed in enumerate(seeds)}
 
 
-def _finite(score):
-    if not math.isfinite(score):
+def _finite(scores):
+    if not scores.isfinite().all():
         raise FloatingPointError("A memorization score is not a number. Check the weights; try float32.")
-    return score
-
-
-def _below(tried, threshold, run):
-    """The sets whose score is below the threshold so far; of a run only those before the first that is not."""
-    below = [max(scores.values()) < threshold for scores in tried]
-    if run and False in below:
-        return list(range(below.index(False)))
-    return [c for c, is_below in enumerate(below) if is_below]
+    return scores
 
 
 def _counted_seeds(maps, tau, similarity):

@@ -155,17 +155,17 @@ def test_each_row_of_a_batch_blocks_its_own_neurons(pipe):
 
 
 @torch.no_grad()
-def test_blocks_give_what_was_recorded_without_running(pipe):
-    unet = pipe.unet
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    noise, embeds = initial_latents(pipe, [0, 1]), encode_prompts(pipe, ["a cat", "grapes"])
-    with nemo.recorded(blocks) as outputs:
+def test_parts_give_what_was_recorded_without_running(pipe):
+    unet, noise, embeds = pipe.unet, initial_latents(pipe, [0, 1]), encode_prompts(pipe, ["a cat", "grapes"])
+    with nemo.recorded(nemo.parts(unet)) as outputs:
         expected = unet(noise, 500, encoder_hidden_states=embeds).sample
-    for count in (0, 2, 5, len(blocks)):
-        with nemo.replayed(blocks[:count], outputs[:count]), nemo.recorded(blocks) as ran:
+    order, outputs = zip(*outputs, strict=True)
+    assert len(order) == len(nemo.parts(unet)) >= 38  # 22 residual blocks and 16 transformers, and what is between
+    for count in (0, 2, 17, len(order)):
+        with nemo.replayed(order[:count], outputs[:count]), nemo.recorded(order) as ran:
             torch.testing.assert_close(unet(noise, 500, encoder_hidden_states=embeds).sample, expected)
-        assert all(ours is theirs for ours, theirs in zip(ran[:count], outputs[:count], strict=True))
-    assert not any("forward" in vars(block) for block in blocks)
+        assert all(ours is theirs for (_, ours), theirs in zip(ran[:count], outputs[:count], strict=True))
+    assert not any("forward" in vars(part) for part in order)
 
 
 @pytest.mark.slow
@@ -184,50 +184,60 @@ def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     assert sum(edits[0].sparsity().values()) > 0
 
 
-def judged(table, counted, latest, run):
-    """What a judge says of sets in which seeds score as in the table, and the cases (set, seed) that it tried."""
-    judge, asked = nemo._Judge.__new__(nemo._Judge), []
-    judge.counted, judge.latest, judge.margin = [list(counted)], [dict(latest)], 0.05
+def unblocked(score, scores, seeds, margin=0.05):
+    """Four neurons, blocked at first, are unblocked one by one where score(set, seed) stays below 0.6.
 
-    def scores_of_table(cases, requests, tried):
-        for i, c, seed in cases:
-            asked.append((c, seed))
-            tried[i][c][seed] = table[c][seed]
-
-    judge._try = scores_of_table
-    (scores,) = judge.scores({0: (torch.zeros(len(table), 3).bool(), 0.6, None, run)}).values()
-    return scores, asked, judge.latest[0]
-
-
-def test_a_seed_that_is_low_at_both_ends_of_a_run_is_not_tried_in_between():
-    table = [{0: 0.3, 1: 0.9}, {0: 0.3, 1: 0.2}, {0: 0.3, 1: 0.2}]
-    scores, asked, latest = judged(table, [0, 1], {0: 0.3, 1: 0.2}, run=True)
-    assert asked == [(0, 0), (1, 0), (2, 0), (2, 1)] and max(scores) < 0.6 and latest == {0: 0.3, 1: 0.2}
-
-
-@pytest.mark.parametrize("before, end", [(0.56, 0.2), (0.2, 0.56)])
-def test_a_seed_within_the_margin_at_either_end_is_tried_in_between(before, end):
-    table = [{0: 0.3, 1: 0.2}, {0: 0.3, 1: 0.9}, {0: 0.3, 1: end}]
-    scores, asked, latest = judged(table, [0, 1], {0: 0.3, 1: before}, run=True)
-    assert {(0, 1), (1, 1), (2, 1)} <= set(asked) and scores[:2] == [0.3, 0.9] and latest == {0: 0.3, 1: 0.2}
-
-
-def test_the_set_that_stays_is_tried_on_every_seed():
-    table = [{0: 0.3, 1: 0.2, 2: 0.1}, {0: 0.3, 1: 0.9, 2: 0.1}, {0: 0.3, 1: 0.9, 2: 0.2}]
-    scores, asked, latest = judged(table, [0, 1, 2], {0: 0.3, 1: 0.2, 2: 0.1}, run=True)
-    assert scores[0] < 0.6 <= scores[1] and (0, 2) in asked and latest == {0: 0.3, 1: 0.2, 2: 0.1}
+    Returns the set that stays blocked, and every (number of blocked neurons, seed) that was asked for.
+    """
+    asked, reported = [], []
+    chosen = torch.ones(4).bool()
+    groups = [torch.tensor([i]) for i in range(4)]
+    search = nemo._unblock(
+        chosen,
+        seeds,
+        0.6,
+        margin,
+        lambda *args: reported.append(args),
+        1,
+        "neurons",
+        chosen,
+        torch.tensor(scores),
+        groups,
+    )
+    sets, of_seeds, _ = next(search)
+    try:
+        while True:
+            asked += [(int(off.sum()), seed) for off in sets for seed in of_seeds]
+            answer = torch.tensor([[score(off.tolist(), seed) for seed in of_seeds] for off in sets])
+            sets, of_seeds, _ = search.send(answer)
+    except StopIteration as end:
+        return end.value[0].tolist(), asked, reported
 
 
-def test_the_leading_seed_cuts_a_run():
-    table = [{0: 0.3, 1: 0.2}, {0: 0.9, 1: 0.2}, {0: 0.3, 1: 0.9}]
-    scores, asked, _ = judged(table, [0, 1], {0: 0.3, 1: 0.2}, run=True)
-    assert scores[0] < 0.6 <= scores[1] and asked == [(0, 0), (1, 0), (2, 0), (0, 1)]
+def test_a_seed_far_below_tau_is_tried_at_the_end_alone():
+    kept, asked, reported = unblocked(lambda off, seed: 0.58 if seed == 7 else 0.2, [0.2, 0.56], [3, 7])
+    assert kept == [False] * 4 and asked == [(3, 7), (2, 7), (1, 7), (0, 7), (0, 3), (0, 7)] and len(reported) == 4
 
 
-def test_one_counted_seed_decides_alone_and_without_a_run_all_seeds_are_tried():
-    assert judged([{0: 0.3}, {0: 0.4}], [0], {}, run=True)[0] == [0.3, 0.4]
-    scores, asked, latest = judged([{0: 0.3, 1: 0.5}, {0: 0.7, 1: 0.2}], [0, 1], {}, run=False)
-    assert scores == [0.5, 0.7] and (0, 1) in asked and (1, 1) not in asked and latest == {0: 0.3, 1: 0.5}
+def test_a_seed_within_the_margin_is_watched_at_every_decision():
+    kept, asked, _ = unblocked(lambda off, seed: 0.9 if seed == 3 and not off[1] else 0.2, [0.56, 0.57], [3, 7])
+    assert kept == [False, True, False, False] and (2, 3) in asked and (2, 7) in asked
+
+
+def test_decisions_that_an_unwatched_seed_speaks_against_are_taken_anew():
+    def score(off, seed):
+        return 0.9 if seed == 3 and not off[2] else 0.2
+
+    kept, asked, reported = unblocked(score, [0.2, 0.3], [3, 7])
+    assert kept == unblocked(score, [0.2, 0.3], [3, 7], margin=float("inf"))[0] == [False, False, True, False]
+    assert asked.count((3, 7)) == 2 and asked.count((3, 3)) == 1  # once more, this time with the other seed
+    assert [args[2] < args[3] for args in reported] == [True, True, False, True]  # what was taken back is not reported
+
+
+def test_all_seeds_are_tried_after_some_decisions(monkeypatch):
+    monkeypatch.setattr(nemo, "VERIFY_AFTER", 2)
+    _, asked, _ = unblocked(lambda off, seed: seed / 20, [0.15, 0.35], [3, 7])
+    assert [blocked for blocked, seed in asked if seed == 3] == [2, 0]
 
 
 @torch.no_grad()
