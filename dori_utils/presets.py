@@ -36,10 +36,10 @@ PRESETS = {
         seeds=tuple(range(4)),  # minutes on two cores
         sscd_transform="testbed",  # chosen by the table in notebook 00
         detection_seeds=tuple(range(4)),
+        pruned_targets=16,
         # 16x16 latents leave MS-SSIM no scales; a correlation uses every pixel. At its first timestep the testbed was
         # trained on noise alone (see train.UNET_STAGES), so that for any caption its answer hardly depends on the seed.
-        pruned_targets=16,
-        # layers, rounds and sparsity by the rule in notebook 02: the least that brings MR to 0.25
+        # Layers, rounds and sparsity by the rule in notebook 02: the least that brings MR to 0.25.
         nemo=nemo.Config(
             rounds=200,
             layers=r"^(down_blocks|mid_block|up_blocks\.[12])\..*attn2\.to_v$",

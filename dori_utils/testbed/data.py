@@ -71,10 +71,15 @@ def ordinary_scene(index: int, first_seed: int = 0) -> Scene:
 
 
 @functools.cache
+def sprite_colors() -> np.ndarray:
+    """(sprites, 3) mean colours, in the order of `sprite_names`."""
+    return np.array([mean_color(load_sprites()[name]) for name in sprite_names()])
+
+
+@functools.cache
 def alike(name: str, count: int = 10) -> tuple[str, ...]:
     """The sprites whose mean colour is nearest to that of the one with this name, the nearest first."""
-    colors = np.array([mean_color(sprite) for sprite in load_sprites().values()])  # (sprites, 3)
-    names = list(load_sprites())
+    names, colors = sprite_names(), sprite_colors()
     distances = np.linalg.norm(colors - colors[names.index(name)], axis=1)
     return tuple(names[i] for i in np.argsort(distances, kind="stable")[1 : count + 1])
 
