@@ -16,15 +16,18 @@ blocks of the U-Net; blocking it sets that output to zero, which is zeroing one 
 tau is the mean plus one standard deviation of first-step similarity over ordinary prompts (`collect_statistics`).
 
 The decisions are those of trying one set after the other, but sets do not go through the U-Net one by one. All targets
-search at once; each asks for several sets ahead, guessing that its next decisions will be like its last; one seed above
-tau decides against a set, so in selection all seeds are tried only where the most telling one is below; and as
-refinement goes from the last layer to the first, whatever comes before that layer in the U-Net is not run again, but
-gives what it gave under the initial selection (`replayed`). Each set of a batch blocks its own neurons, by a hook.
+search at once; each asks for several sets ahead, as they would come if its next decisions were as guessed: in
+refinement from the gradient of the score by how far each neuron is blocked. One seed above tau decides against a set,
+so in selection all seeds are tried only where the most telling one is below. As refinement goes from the last layer to
+the first, whatever comes before that layer in the U-Net is not run again, but gives what it gave under the initial
+selection (`replayed`). Each set of a batch blocks its own neurons, by a hook.
 
-In refinement only those seeds are watched at every decision that were within `Config.margin` of tau when all were
-tried last. All are tried again after `VERIFY_AFTER` decisions to unblock and at the end; if another one is not below
-tau then, it is watched too, and the decisions since are taken anew. So the result always has every seed below tau, but
-a seed that leaps over tau and back between two such points is missed; `localize_one_by_one` tries everything.
+Two shortcuts are not exact, and `Config.margin` is their one setting. In refinement only those seeds are watched at
+every decision that were within the margin of tau when all were tried last; and a set that is guessed to be below tau
+by more than the margin is not tried. All seeds are tried after `VERIFY_AFTER` decisions to unblock, later less often,
+and at the end; if one is not below tau then, search goes back to the first decision that it is against. So the result
+always has every seed below tau, but a score that leaps over tau and back between two such points is missed;
+`localize_one_by_one` tries everything.
 
 Shapes: N prompts, S seeds; M sets of neurons (M, neurons) bool over all layers, one after the other.
 """
@@ -36,6 +39,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -44,8 +48,9 @@ from .detection import PAIRWISE, ddim, first_step_change, first_step_similarity,
 from .edits import Edit, base_hash, union
 from .generation import encode_prompts, initial_latents
 
-MOST_AHEAD = 32  # sets that a target asks for at once
-VERIFY_AFTER = 32  # decisions to unblock, after which all seeds are tried
+MOST_AHEAD = 64  # rows that a target asks for at once
+VERIFY_AFTER = 32  # decisions to unblock, after which all seeds are tried; twice as many after each time without a miss
+DOUBT = 0.003  # of a score that is guessed; half the guessed rise if that is more. On the testbed one in six errs more
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Config:
     similarity: str = "ms_ssim"  # of two changes of the noise, see `detection.pairwise_similarity`
     num_inference_steps: int = 50  # of the schedule whose first timestep is used
     second_timestep: bool = False  # the authors' code evaluates the initial noise at the second timestep
-    margin: float = 0.05  # of similarity, for seeds that need not be watched; infinity: watch all. Ours, for speed
+    margin: float = 0.05  # of similarity, for what need not be tried; infinity: try everything. Ours, for speed
     layers: str = r"^(down_blocks|mid_block)\..*attn2\.to_v$"  # names of the layers, a regular expression
 
 
@@ -188,7 +193,7 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
         config: a `Config`.
         batch_size: rows (a set of neurons and a seed) in one batch of the U-Net.
         callback: called with {"target", "stage", "blocked", "score", "threshold"} for every decision. blocked is how
-            many neurons the set has; the score is over the seeds that were tried.
+            many neurons the set has; the score is over the seeds that were tried, or as guessed.
 
     Returns:
         List of N edits; a prompt that is not memorized has one without any neuron.
@@ -202,21 +207,21 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
     _check_statistics(base, layers, statistics)
     judge = _Judge(pipe, [target.prompt for target in targets], layers, statistics.tau, config, batch_size)
     memorized = [i for i in range(len(targets)) if judge.counted[i]]
-    most_ahead = min(MOST_AHEAD, max(1, batch_size // (2 * len(memorized) or 1)))  # a batch is full without more
     searches = {}
     for i in memorized:
         report = partial(_report, callback, targets[i].id)
         rounds = _rounds(pipe, targets[i].prompt, layers, statistics, config)
-        searches[i] = _search(rounds, layers, judge.counted[i], statistics.tau, config.margin, report, most_ahead)
+        searches[i] = _search(rounds, layers, judge.counted[i], statistics.tau, config.margin, report)
     none = torch.zeros(sum(layer.out_features for layer in layers.values()), dtype=torch.bool)
     found = {i: none for i in range(len(targets)) if i not in searches}
     requests = {i: next(search) for i, search in searches.items()}
     with tqdm(total=len(targets), initial=len(found), desc="NeMo", disable=not progress) as bar:
         while requests:
-            scores = judge.scores(requests)
-            for i in list(requests):
+            answers = judge.answers(requests)
+            ahead = min(MOST_AHEAD, math.ceil(batch_size / len(requests)))  # as many as fill a batch
+            for i, (scores, slopes) in answers.items():
                 try:
-                    requests[i] = searches[i].send(scores[i])
+                    requests[i] = searches[i].send((scores, slopes, ahead))
                 except StopIteration as end:
                     found[i] = end.value
                     del requests[i]
@@ -225,7 +230,7 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
 
 
 @torch.no_grad()
-def localize_one_by_one(pipe, target, statistics, config=None):
+def localize_one_by_one(pipe, target, statistics, config=None, *, callback=None):
     """`localize_each` for one target without its shortcuts: one set of neurons after the other, on all counted seeds.
 
     It is there to compare with: the same decisions, up to rounding and `Config.margin`, in more time.
@@ -237,18 +242,17 @@ def localize_one_by_one(pipe, target, statistics, config=None):
     seeds, rounds = judge.counted[0], _rounds(pipe, target.prompt, layers, statistics, config)
     if not seeds:
         return _edit(base_hash(pipe), target, torch.zeros_like(rounds[0]), layers, statistics, config)
-    report = partial(_report, None, target.id)
-    search = _search(rounds, layers, seeds, statistics.tau, math.inf, report, most_ahead=1)
-    embeds, latest = judge.embeds.expand(len(seeds), -1, -1), None
-    sets, asked, _ = next(search)
+    search = _search(rounds, layers, seeds, statistics.tau, math.inf, partial(_report, callback, target.id))
+    embeds, latest, no_slopes = judge.embeds.expand(len(seeds), -1, -1), None, torch.zeros(len(rounds[0]))
+    asked = next(search)
     try:
         while True:
-            if latest is None or not torch.equal(latest, sets[0]):
-                latest = sets[0]
+            if latest is None or not torch.equal(latest, asked.sets[0]):
+                latest = asked.sets[0]
                 with blocked(layers, latest.expand(len(seeds), -1)):
                     maps = first_step_change(pipe, embeds, judge.noise[seeds], judge.t)
                 scores = _finite(judge.compare(maps, judge.unblocked[0, seeds])).cpu()
-            sets, asked, _ = search.send(scores[None, [seeds.index(seed) for seed in asked]])
+            asked = search.send((scores[[seeds.index(seed) for seed in asked.seeds]], no_slopes, 1))
     except StopIteration as end:
         return _edit(base_hash(pipe), target, end.value, layers, statistics, config)
 
@@ -258,15 +262,19 @@ def neurons(edit):
     return {name.removesuffix(".weight"): mask.nonzero()[:, 0].tolist() for name, mask in edit.masks.items()}
 
 
-@contextmanager
 def blocked(layers, sets):
     """Within it row i of a batch runs with the neurons sets[i] blocked: (B, neurons) bool over all layers."""
+    return multiplied(layers, (~sets).float())
+
+
+@contextmanager
+def multiplied(layers, factors):
+    """Within it the outputs of the layers' neurons are multiplied: (B, neurons) float over all layers."""
     widths = [layer.out_features for layer in layers.values()]
     with ExitStack() as hooks:
-        for layer, off in zip(layers.values(), sets.split(widths, dim=1), strict=True):
-            off = off[:, None].to(layer.weight.device)  # (B, 1, neurons of the layer)
-            hook = layer.register_forward_hook(lambda layer, args, out, off=off: out.masked_fill(off, 0))
-            hooks.enter_context(hook)
+        for layer, factor in zip(layers.values(), factors.split(widths, dim=1), strict=True):
+            factor = factor[:, None].to(layer.weight)  # (B, 1, neurons of the layer)
+            hooks.enter_context(layer.register_forward_hook(lambda layer, args, out, factor=factor: out * factor))
         yield
 
 
@@ -315,8 +323,21 @@ def _row(output, number):
 
 
 # --- The search of one target, as a coroutine ----------------------------------------------------------------------
-# It yields (sets (M, neurons), seeds, base) and is sent the sets' scores on these seeds (M, seeds). base is a set that
-# these and many later ones share their first layers with, or None.
+# It yields a _Request and is sent three things: the scores (R,) of its rows; the slopes (neurons,) if asked for, which
+# say how fast the score of the highest row rises as a neuron is unblocked; and how many rows to ask for next.
+
+
+class _Request(NamedTuple):
+    sets: torch.Tensor  # (R, neurons)
+    seeds: list[int]  # R, one for each set
+    base: torch.Tensor | None = (
+        None  # (neurons,), a set that this and many later requests share their first layers with
+    )
+    slopes_below: float | None = None  # slopes are wanted if every score is below this
+
+
+def _on_all(candidate, seeds, slopes_below, base=None):
+    return _Request(candidate.expand(len(seeds), -1), seeds, base, slopes_below)
 
 
 def _rounds(pipe, prompt, layers, statistics, config):
@@ -335,76 +356,114 @@ def _rounds(pipe, prompt, layers, statistics, config):
     return torch.stack(rounds)
 
 
-def _search(rounds, layers, seeds, tau, margin, report, most_ahead):
+def _search(rounds, layers, seeds, tau, margin, report):
     """Returns the set (neurons,) that stays blocked."""
-    chosen, scores, tau = yield from _select(rounds, seeds, tau, report, most_ahead)
+    chosen, scores, slopes, tau = yield from _select(rounds, seeds, tau, report)
     members = torch.arange(len(chosen)).split([layer.out_features for layer in layers.values()])
-    unblock = partial(_unblock, chosen, seeds, tau, margin, report, most_ahead)
+    unblock = partial(_unblock, chosen, seeds, tau, margin, report)
     whole = [layer for layer in reversed(members) if chosen[layer].any()]
-    chosen, scores = yield from unblock("layers", chosen, scores, whole)
+    chosen, scores, slopes = yield from unblock("layers", chosen, scores, slopes, whole)
     single = [neuron for layer in reversed(members) for neuron in layer[chosen[layer]].split(1)]
-    chosen, scores = yield from unblock("neurons", chosen, scores, single)
+    chosen, scores, slopes = yield from unblock("neurons", chosen, scores, slopes, single)
     return chosen
 
 
-def _select(rounds, seeds, tau, report, most_ahead):
-    """The first round with all seeds below tau, and their scores; else the last, and its score as the new tau."""
-    position, ahead, telling = 0, 1, seeds[:1]
+def _select(rounds, seeds, tau, report):
+    """The first round with all seeds below tau, its scores and slopes; else the last, and its score as the new tau."""
+    position, ahead, telling = 0, 1, seeds[0]
     while position < len(rounds):
         sets = rounds[position : position + ahead]
-        scores = yield sets, telling, None
-        for candidate, score in zip(sets, scores.amax(dim=1).tolist(), strict=True):
+        of_sets, _, ahead = yield _Request(sets, [telling] * len(sets))
+        for candidate, score in zip(sets, of_sets.tolist(), strict=True):
             if score < tau:
-                (scores,) = yield candidate[None], seeds, None
-                score = scores.max().item()
+                scores, slopes, ahead = yield _on_all(candidate, seeds, tau)
+                score, telling = scores.max().item(), seeds[scores.argmax()]
             report("selection", candidate, score, tau)
             if score < tau:
-                return candidate, scores, tau
-        position, ahead = position + len(sets), min(2 * ahead, most_ahead)
-    (scores,) = yield rounds[-1:], seeds, None
-    return rounds[-1], scores, scores.max().item()
+                return candidate, scores, slopes, tau
+        position += len(sets)
+    scores, slopes, _ = yield _on_all(rounds[-1], seeds, math.inf)
+    return rounds[-1], scores, slopes, scores.max().item()
 
 
-def _unblock(base, seeds, tau, margin, report, most_ahead, stage, chosen, scores, groups):
+def _unblock(base, seeds, tau, margin, report, stage, chosen, scores, slopes, groups):
     """Unblock one group of neurons after the other, keeping it unblocked where the score stays below tau.
 
-    Returns the set that stays blocked, and the scores of all seeds under it.
+    Returns the set that stays blocked, and the scores and slopes under it.
     """
-    tried_on_all, watched = (0, chosen), _watched(seeds, scores, tau - margin)
-    position, ahead, last, unblocked, decisions = 0, 1, True, 0, []
-    while position < len(groups) or unblocked:
-        if position == len(groups) or unblocked >= VERIFY_AFTER:
-            (new_scores,) = yield chosen[None], seeds, base
-            missed = [s for s, score in zip(seeds, new_scores, strict=True) if score >= tau and s not in watched]
-            if missed:
-                position, chosen = tried_on_all
-                watched, ahead, last = watched + missed, 1, True
-            else:
-                for candidate, score in decisions:
-                    report(stage, candidate, score, tau)
-                scores, tried_on_all = new_scores, (position, chosen)
-                watched = _watched(seeds, scores, tau - margin)
-            unblocked, decisions = 0, []
-            continue
-        sets, guessed = [], chosen
-        for group in groups[position : position + ahead]:  # as they would come if all decisions were like the last
-            candidate = guessed.clone()
-            candidate[group] = False
-            sets.append(candidate)
-            guessed = candidate if last else chosen
-        of_sets = yield torch.stack(sets), watched, base
-        ahead = min(2 * ahead, most_ahead)
-        for candidate, score in zip(sets, of_sets.amax(dim=1).tolist(), strict=True):
+    position, ahead, verify_after, decisions = (
+        0,
+        1,
+        VERIFY_AFTER,
+        [],
+    )  # decisions: (set, score), since all seeds were tried on the set `verified`
+    verified, watched = chosen, _watched(seeds, scores, tau - margin)
+    while True:
+        below = [number for number, (_, score) in enumerate(decisions) if score < tau]
+        chosen, level = decisions[below[-1]] if below else (verified, scores.max().item())
+        if position == len(groups) or len(below) >= verify_after:
+            if below:
+                new_scores, new_slopes, ahead = yield _on_all(chosen, seeds, tau, base)
+                if new_scores.max() >= tau:
+                    missed, verify_after = seeds[new_scores.argmax()], VERIFY_AFTER
+                    sets = torch.stack([decisions[number][0] for number in below])
+                    of_missed, _, ahead = yield _Request(sets, [missed] * len(below), base)
+                    for number, score in zip(below, of_missed.tolist(), strict=True):
+                        decisions[number] = decisions[number][0], max(decisions[number][1], score)
+                    first = next((number for number in below if decisions[number][1] >= tau), below[-1])
+                    position -= len(decisions) - first - 1
+                    decisions = [*decisions[:first], (decisions[first][0], new_scores.max().item())]
+                    watched = watched + [missed] * (missed not in watched)
+                    continue
+                scores, slopes, verify_after = new_scores, new_slopes, 2 * verify_after
+            for candidate, score in decisions:
+                report(stage, candidate, score, tau)
+            if position == len(groups):
+                return chosen, scores, slopes
+            verified, watched, decisions = chosen, _watched(seeds, scores, tau - margin), []
+            level = scores.max().item()
+        plan = _plan(groups[position:], chosen, level, slopes, tau, margin, watched, ahead)
+        rows = [(candidate, seed) for candidate, _, tried in plan for seed in tried]
+        if rows:
+            sets, of_rows = zip(*rows, strict=True)
+            answers, _, ahead = yield _Request(torch.stack(sets), list(of_rows), base)
+            of_plan = answers.split([len(tried) for _, _, tried in plan])
+        for number, (candidate, guess, tried) in enumerate(plan):
+            score = of_plan[number].max().item() if tried else guess
+            rest = watched[len(tried) :] if tried and score < tau else []
+            if rest:
+                answers, _, ahead = yield _Request(candidate.expand(len(rest), -1), rest, base)
+                score = max(score, answers.max().item())
             decisions.append((candidate, score))
             position += 1
-            if score < tau:
-                chosen, unblocked = candidate, unblocked + 1
-            if (score < tau) != last:  # the sets after this one were asked for under a wrong guess
-                last, ahead = score < tau, 1
+            if (score < tau) != (guess < tau):  # what comes after this set was planned under a wrong guess
                 break
-    for candidate, score in decisions:
-        report(stage, candidate, score, tau)
-    return chosen, scores
+
+
+def _plan(groups, chosen, level, slopes, tau, margin, watched, ahead):
+    """The next sets: (set, the score that it is guessed to have from the slopes, seeds to try it on).
+
+    A set that is guessed to be below tau by more than the margin is not tried; the highest seed is enough for one that
+    is guessed to be above. They are as many as have `ahead` seeds to try, or fewer if one is too close to tau to guess
+    on from there.
+    """
+    plan, rows = [], 0
+    for group in groups:
+        rise = slopes[group].sum().item()
+        candidate, guess = chosen.clone(), level + rise
+        candidate[group] = False
+        if guess + margin < tau:
+            tried = []
+        else:
+            tried = watched if guess < tau else watched[:1]
+        plan.append((candidate, guess, tried))
+        rows += len(tried)
+        too_close = abs(guess - tau) < max(DOUBT, abs(rise) / 2)
+        if rows >= ahead or too_close and rows >= ahead / 4:
+            break
+        if guess < tau:
+            chosen, level = candidate, guess
+    return plan
 
 
 def _watched(seeds, scores, threshold):
@@ -442,19 +501,36 @@ class _Judge:
         self.unblocked = self._changes(everything, nothing).unflatten(0, (len(prompts), -1))  # (N, S, C, H, W)
         self.counted = [_counted_seeds(maps, tau, config.similarity) for maps in self.unblocked]
 
-    def scores(self, requests):
-        """Target → (sets (M, neurons), seeds, base) to target → scores (M, seeds)."""
-        for i, (_, _, base) in requests.items():
-            if base is not None and i not in self.known:
-                self.known[i] = base, self._record(i, base)
-        rows = torch.tensor([(i, seed) for i, (sets, seeds, _) in requests.items() for _ in sets for seed in seeds])
-        sets = torch.cat([sets.repeat_interleave(len(seeds), dim=0) for sets, seeds, _ in requests.values()])
-        similarity = _finite(self.compare(self._changes(rows, sets), self.unblocked[rows[:, 0], rows[:, 1]])).cpu()
-        counts = [len(sets) * len(seeds) for sets, seeds, _ in requests.values()]
-        return {
-            i: scores.unflatten(0, (-1, len(seeds)))
-            for (i, (_, seeds, _)), scores in zip(requests.items(), similarity.split(counts), strict=True)
-        }
+    def answers(self, requests):
+        """Target → `_Request` to target → scores (R,), and slopes (neurons,) or None."""
+        for i, asked in requests.items():
+            if asked.base is not None and i not in self.known:
+                self.known[i] = asked.base, self._record(i, asked.base)
+        rows = torch.tensor([(i, seed) for i, asked in requests.items() for seed in asked.seeds])
+        maps = self._changes(rows, torch.cat([asked.sets for asked in requests.values()]))
+        scores = self._similarity(maps, rows).cpu().split([len(asked.seeds) for asked in requests.values()])
+        scores = dict(zip(requests, scores, strict=True))
+        below = {i: asked.slopes_below for i, asked in requests.items() if asked.slopes_below is not None}
+        with_slopes = {i: scores[i].argmax().item() for i, limit in below.items() if scores[i].max() < limit}
+        highest = {i: (requests[i].sets[row], requests[i].seeds[row]) for i, row in with_slopes.items()}
+        slopes = self._slopes(highest) if highest else {}
+        return {i: (scores[i], slopes.get(i)) for i in requests}
+
+    def _similarity(self, maps, rows):
+        return _finite(self.compare(maps, self.unblocked[rows[:, 0], rows[:, 1]]))
+
+    @torch.enable_grad()
+    def _slopes(self, points):
+        """Target → (set, seed) to target → derivative of the score by how far each neuron is unblocked (neurons,)."""
+        rows = torch.tensor([(i, seed) for i, (_, seed) in points.items()])
+        factors, slopes = torch.stack([~off for off, _ in points.values()]).float(), []
+        some = max(1, self.batch_size // 8)  # a gradient takes several times the memory
+        for row, factor in zip(rows.split(some), factors.split(some), strict=True):
+            factor.requires_grad_()
+            with multiplied(self.layers, factor):
+                maps = first_step_change(self.pipe, self.embeds[row[:, 0]], self.noise[row[:, 1]], self.t)
+            slopes += torch.autograd.grad(self._similarity(maps, row).sum(), factor)[0]
+        return dict(zip(points, slopes, strict=True))
 
     def _changes(self, rows, sets):
         """First-step changes (B, C, H, W) of rows (B, 2), target and seed, under sets (B, neurons)."""

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import metrics
-from .audit import audit, cached_generate, scores_by_target
+from . import metrics, nemo, wanda
+from .audit import audit, cached_edits, cached_generate, ordinary_cost, scores_by_target
 from .generation import decode, denoise, encode_prompts, generate, initial_latents
 from .models import TESTBED, load_pipeline
 from .plots import figures_folder
@@ -127,6 +127,78 @@ def ordinary_copies():
     return copied.mean(), f"{copied.sum()} of {copied.size}, from {captions} captions, 95% {low:.3f} to {high:.3f}"
 
 
+@functools.cache
+def nemo_statistics():
+    return nemo.Statistics.load(TESTBED / "nemo_statistics.safetensors")
+
+
+@functools.cache
+def pruned(method: str):
+    """The own edit of each of the preset's VM targets."""
+    vm, store = load_targets("testbed", kind="VM")[: PRESET.pruned_targets], default_store()
+    if method == "NeMo":
+        return cached_edits(nemo.localize_each, pipe(), vm, PRESET.nemo, store, statistics=nemo_statistics())
+    return cached_edits(wanda.localize_each, pipe(), vm, PRESET.wanda, store)
+
+
+def pruned_rate(method: str):
+    """MR under the original prompts, and what the same edits cost 50 ordinary captions."""
+    vm, clip = load_targets("testbed", kind="VM")[: PRESET.pruned_targets], metrics.load_clip(TESTBED / "clip")
+    edits = {"original": None, method: pruned(method)}
+    table = audit(pipe(), vm, PRESET, default_store(), edits=edits)
+    before, after = (metrics.memorization_rate(scores_by_target(table[table["mitigation"] == name])) for name in edits)
+    captions, real = [s.caption for s in held_out_scenes(50)], [Image.fromarray(s.draw()) for s in held_out_scenes(200)]
+    cost = ordinary_cost(pipe(), captions, real, PRESET, default_store(), clip, edits).set_index("mitigation")
+    ours, plain = cost.loc[method], cost.loc["original", "frechet"]
+    return after.rate, (
+        f"{len(vm)} targets, from {before.rate:.3f}; 95% {after.low:.3f} to {after.high:.3f}; {_size(pruned(method))}; "
+        f"ordinary captions: A_CLIP {ours['alignment']:.3f}, change {ours['change']:+.3f} "
+        f"({ours['low']:+.3f} to {ours['high']:+.3f}), Fréchet distance (CLIP) {ours['frechet']:.3f} from {plain:.3f}"
+    )
+
+
+def _size(edits):
+    """How much edits zero, for one target: the median."""
+    share = np.median([np.mean(list(edit.sparsity().values())) for edit in edits])
+    zeroed = np.median([sum(int(mask.sum()) for mask in edit.masks.values()) for edit in edits])
+    return f"{zeroed:.0f} {'neurons' if edits[0].method == 'NeMo' else 'weights'} a target, {share:.1%} of a layer"
+
+
+def nemo_speedup():
+    """Seconds a decision of NeMo with one set of neurons at a time, on all its seeds, over those of ours."""
+    vm, decisions = load_targets("testbed", kind="VM")[: PRESET.pruned_targets], []
+    some = vm[2:5]
+    start = time.perf_counter()
+    ours = nemo.localize_each(
+        pipe(), vm, nemo_statistics(), PRESET.nemo, progress=False, callback=lambda _: decisions.append("ours")
+    )
+    mine = (time.perf_counter() - start) / decisions.count("ours")
+    start = time.perf_counter()
+    theirs = [
+        nemo.localize_one_by_one(
+            pipe(), target, nemo_statistics(), PRESET.nemo, callback=lambda _: decisions.append("one by one")
+        )
+        for target in some
+    ]
+    one = (time.perf_counter() - start) / decisions.count("one by one")
+    same = sum(a.fingerprint() == b.fingerprint() for a, b in zip(ours[2:5], theirs, strict=True))
+    return one / mine, (
+        f"{1e3 * mine:.1f} ms a decision, {len(vm)} targets at once, against {1e3 * one:.1f} ms of {len(some)} targets "
+        f"one by one; same neurons for {same} of these"
+    )
+
+
+def wanda_overhead():
+    """Seconds of Wanda for 8 targets over those of the denoising steps that it looks at."""
+    vm = load_targets("testbed", kind="VM")[:8]
+    config = PRESET.wanda
+    embeds, noise = encode_prompts(pipe(), [t.prompt for t in vm]), initial_latents(pipe(), [0] * len(vm))
+    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    plain = seconds(lambda: denoise(pipe(), noise, embeds, stop_after=config.steps, **settings))
+    ours = seconds(lambda: wanda.activation_norms(pipe(), [t.prompt for t in vm], config, progress=False))
+    return ours / plain, f"{ours:.2f} s against {plain:.2f} s"
+
+
 def weights_megabytes():
     return sum(f.stat().st_size for f in TESTBED.rglob("*.safetensors")) / 1e6
 
@@ -201,6 +273,10 @@ BARS = (
     Bar("DoRI step, s a target (8 draws, 4 targets)", "<=", 0.25, seconds_per_attack_step),
     Bar("generate against diffusers, pixel difference", "<=", 1e-4, parity_with_diffusers),
     Bar("batch of 1 against 16, pixel levels", "<=", 1, batch_size_matters),
+    Bar("NeMo, MR under the prompts", "<=", 0.25, lambda: pruned_rate("NeMo")),
+    Bar("Wanda, MR under the prompts", "<=", 0.25, lambda: pruned_rate("Wanda")),
+    Bar("NeMo, times faster than one set at a time", ">=", 10, nemo_speedup),
+    Bar("Wanda, time over plain denoising steps", "<=", 1.3, wanda_overhead),
     Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
     Bar("fast tests, s", "<=", 120, lambda: command_seconds("pytest", "-q", "-m", "not slow")),
     Bar("whole suite, s", "<=", 900, lambda: command_seconds("pytest", "-q")),

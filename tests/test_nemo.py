@@ -184,32 +184,31 @@ def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     assert sum(edits[0].sparsity().values()) > 0
 
 
-def unblocked(score, scores, seeds, margin=0.05):
-    """Four neurons, blocked at first, are unblocked one by one where score(set, seed) stays below 0.6.
+def unblocked(score, scores, seeds, margin=0.05, slopes=(0.0,) * 4):
+    """Unblock four neurons one after the other: what stays blocked, which (blocked, seed) were tried, the decisions.
 
-    Returns the set that stays blocked, and every (number of blocked neurons, seed) that was asked for.
+    score: (list of four, seed) → score of that set on that seed. scores: those of the seeds with all four blocked.
     """
-    asked, reported = [], []
-    chosen = torch.ones(4).bool()
-    groups = [torch.tensor([i]) for i in range(4)]
+    asked, reported, slopes = [], [], torch.tensor(slopes)
+    chosen, groups = torch.ones(4, dtype=torch.bool), list(torch.arange(4).split(1))
     search = nemo._unblock(
         chosen,
         seeds,
         0.6,
         margin,
         lambda *args: reported.append(args),
-        1,
         "neurons",
         chosen,
         torch.tensor(scores),
+        slopes,
         groups,
     )
-    sets, of_seeds, _ = next(search)
+    request = next(search)
     try:
         while True:
-            asked += [(int(off.sum()), seed) for off in sets for seed in of_seeds]
-            answer = torch.tensor([[score(off.tolist(), seed) for seed in of_seeds] for off in sets])
-            sets, of_seeds, _ = search.send(answer)
+            rows = list(zip(request.sets.tolist(), request.seeds, strict=True))
+            asked += [(sum(off), seed) for off, seed in rows]
+            request = search.send((torch.tensor([score(off, seed) for off, seed in rows]), slopes, 1))
     except StopIteration as end:
         return end.value[0].tolist(), asked, reported
 
@@ -220,23 +219,44 @@ def test_a_seed_far_below_tau_is_tried_at_the_end_alone():
 
 
 def test_a_seed_within_the_margin_is_watched_at_every_decision():
-    kept, asked, _ = unblocked(lambda off, seed: 0.9 if seed == 3 and not off[1] else 0.2, [0.56, 0.57], [3, 7])
+    kept, asked, _ = unblocked(lambda off, seed: 0.9 if seed == 3 and not off[1] else 0.58, [0.56, 0.57], [3, 7])
     assert kept == [False, True, False, False] and (2, 3) in asked and (2, 7) in asked
 
 
-def test_decisions_that_an_unwatched_seed_speaks_against_are_taken_anew():
+def test_search_goes_back_to_the_decision_that_an_unwatched_seed_is_against():
     def score(off, seed):
-        return 0.9 if seed == 3 and not off[2] else 0.2
+        return 0.9 if seed == 3 and not off[2] else 0.58
 
-    kept, asked, reported = unblocked(score, [0.2, 0.3], [3, 7])
-    assert kept == unblocked(score, [0.2, 0.3], [3, 7], margin=float("inf"))[0] == [False, False, True, False]
-    assert asked.count((3, 7)) == 2 and asked.count((3, 3)) == 1  # once more, this time with the other seed
+    kept, asked, reported = unblocked(score, [0.2, 0.58], [3, 7])
+    assert kept == unblocked(score, [0.2, 0.58], [3, 7], margin=float("inf"))[0] == [False, False, True, False]
+    assert asked.count((3, 7)) == 1  # what came before that decision is not tried again on the seed that was for it
     assert [args[2] < args[3] for args in reported] == [True, True, False, True]  # what was taken back is not reported
+
+
+def test_a_set_that_is_guessed_to_be_well_below_tau_is_not_tried():
+    rises = (0.01, 0.02, 0.03, 0.5)
+
+    def score(off, seed):
+        return 0.3 + sum(rise for rise, blocked in zip(rises, off, strict=True) if not blocked)
+
+    kept, asked, reported = unblocked(score, [0.3], [3], slopes=rises)
+    assert kept == [False, False, False, True] and asked == [
+        (0, 3),
+        (1, 3),
+    ]  # the last decision, and all seeds at the end
+    assert [round(args[2], 2) for args in reported] == [0.31, 0.33, 0.36, 0.86]
+
+
+def test_a_set_that_was_not_tried_is_taken_back_if_its_guess_was_wrong():
+    def score(off, seed):
+        return 0.3 if off[1] else 0.9
+
+    assert unblocked(score, [0.3], [3])[0] == [False, True, False, False]
 
 
 def test_all_seeds_are_tried_after_some_decisions(monkeypatch):
     monkeypatch.setattr(nemo, "VERIFY_AFTER", 2)
-    _, asked, _ = unblocked(lambda off, seed: seed / 20, [0.15, 0.35], [3, 7])
+    _, asked, _ = unblocked(lambda off, seed: 0.58 if seed == 7 else 0.15, [0.15, 0.58], [3, 7])
     assert [blocked for blocked, seed in asked if seed == 3] == [2, 0]
 
 
