@@ -391,13 +391,9 @@ def _unblock(base, seeds, tau, margin, report, stage, chosen, scores, slopes, gr
 
     Returns the set that stays blocked, and the scores and slopes under it.
     """
-    position, ahead, verify_after, decisions = (
-        0,
-        1,
-        VERIFY_AFTER,
-        [],
-    )  # decisions: (set, score), since all seeds were tried on the set `verified`
+    position, ahead, verify_after = 0, 1, VERIFY_AFTER
     verified, watched = chosen, _watched(seeds, scores, tau - margin)
+    decisions = []  # (set, score), since all seeds were tried on the set `verified`
     while True:
         below = [number for number, (_, score) in enumerate(decisions) if score < tau]
         chosen, level = decisions[below[-1]] if below else (verified, scores.max().item())

@@ -57,6 +57,7 @@ PRESETS = {
         sscd_transform="testbed",
         detection_seeds=(0, 1),
         pruned_targets=2,
+        # At the first timestep: nothing is alike between two seeds at the second of three.
         nemo=nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=3),
         wanda=wanda.Config(steps=2, num_inference_steps=3, guidance_scale=3.0),
     ),
