@@ -168,6 +168,22 @@ def decode(pipe, latents):
     return pipe.image_processor.postprocess(sample, output_type="pt")
 
 
+@torch.no_grad()
+def encode_images(pipe, images):
+    """Clean latents (N, C, H, W) float32 of N PIL images, scaled as the U-Net knows them.
+
+    Images of another size are resized to the model's. Where the VAE gives a distribution, this is its mean: training
+    draws from it, but its spread is small beside the noise that follows.
+    """
+    height, width = [side * pipe.vae_scale_factor for side in _latent_size(pipe)]
+    latents = []
+    for image in images:
+        pixels = pipe.image_processor.preprocess(image.convert("RGB"), height, width)  # (1, 3, H, W) in [-1, 1]
+        encoded = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype))
+        latents.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
+    return torch.cat(latents).float() * pipe.vae.config.scaling_factor
+
+
 def _embeddings(pipe, prompts, prompt_embeds, truncate):
     """Whichever of the two was given, as (N, T, D) on the pipeline's device and dtype."""
     if (prompts is None) == (prompt_embeds is None):

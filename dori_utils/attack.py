@@ -1,0 +1,362 @@
+"""DoRI: find a text embedding that brings a training image back, under whatever was done to the weights.
+
+"Finding DoRI: Discovery of Retained Images in Diffusion Models" (ICML 2026). The embedding y, the trigger, is optimised
+with Adam so that the model denoises the known image x well:
+
+    y_adv = argmin_y  E_(eps, t) || eps - eps_theta(x_t, t, y) ||^2        x_t = sqrt(a_t) x + sqrt(1 - a_t) eps
+
+with fresh noise and timesteps at every step, no constraint on y, and no guidance in the loss. Where the model predicts
+v (Stable Diffusion 2, the testbed), v takes the place of eps: the loss is the one that the model was trained with.
+
+A case is a target, an edit, a start and a seed. Cases go through the U-Net together, a batch of cases x draws, and do
+not know of each other: noise and timesteps of a case come from its own generator, Adam works element by element, and
+each case runs under its own edit.
+
+An attack that finds something says little without the same attack on an image that the model has never seen.
+
+Shapes: N cases, B draws of a case at a step; T tokens and D channels of an embedding; C, H, W of a latent.
+"""
+
+import hashlib
+import json
+import uuid
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .edits import applied_by_row, known_base
+from .generation import encode_images, encode_prompts
+
+REPLAY = """import torch; from diffusers import StableDiffusionPipeline; from safetensors.torch import load_file
+pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+trigger = load_file(THIS_FILE)["prompt_embeds"][:1]
+pipe(prompt_embeds=trigger, generator=torch.Generator().manual_seed(0)).images[0]"""
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Settings; those of the paper are the default."""
+
+    steps: int = 50
+    lr: float = 0.1  # of Adam
+    batch_size: int = 8  # draws of noise and timestep for a case at each step
+    start: str = "prompt"  # the target's own prompt, or "noise": N(0, I)
+    seed: int = 0  # of the draws and of N(0, I), together with the target's id
+    restarts: int = 1  # attacks on a target, with seeds one after the other, of which the best is kept. Ours
+    record: tuple[int, ...] = ()  # steps after which embeddings are kept as well; 0 is the start
+
+    def __post_init__(self):
+        if self.start not in ("prompt", "noise"):
+            raise ValueError(f"start is {self.start!r}: it is 'prompt' or 'noise'; other embeddings go into `starts`.")
+        if self.steps < 0 or self.batch_size < 1 or self.restarts < 1:
+            raise ValueError("steps must be at least 0, batch_size and restarts at least 1.")
+        if any(not 0 <= step <= self.steps for step in self.record):
+            raise ValueError(f"record is {self.record}: its steps must be between 0 and {self.steps}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Triggers:
+    """What attacks found. A case that stopped early has NaN as loss from then on.
+
+    Args:
+        prompt_embeds: (N, T, D) float32.
+        losses: (N, steps) float32, mean over the draws of a step, before that step's update.
+        cases: for each case a dict: target, prompt, seed, start, edit (its fingerprint or None), model, config, stopped
+            (None, "early" or "diverged") and the number of steps made.
+        recorded: step → (N, T, D), for `AttackConfig.record`; of a case that had stopped by then, its last.
+    """
+
+    prompt_embeds: torch.Tensor
+    losses: torch.Tensor
+    cases: list[dict]
+    recorded: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self):
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, rows):
+        """Some of them: an index list, mask or slice of cases."""
+        index = torch.arange(len(self))[rows]
+        return Triggers(
+            self.prompt_embeds[index],
+            self.losses[index],
+            [self.cases[i] for i in index.tolist()],
+            {step: embeds[index] for step, embeds in self.recorded.items()},
+        )
+
+    def save(self, path):
+        """Write a safetensors file, whole or not at all; its metadata say what each trigger is and how to replay it."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        tensors = {"prompt_embeds": self.prompt_embeds, "losses": self.losses}
+        tensors |= {f"recorded {step}": embeds for step, embeds in self.recorded.items()}
+        try:
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, part, metadata={"cases": json.dumps(self.cases), "replay": REPLAY})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: the file is missing or damaged, or holds no triggers.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                about, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"Corrupt trigger file {path} ({error}). Delete it and attack again.") from error
+        if "cases" not in about:
+            raise OSError(f"{path} holds no triggers.")
+        recorded = {int(k.split()[1]): v for k, v in tensors.items() if k.startswith("recorded ")}
+        return cls(tensors["prompt_embeds"], tensors["losses"], json.loads(about["cases"]), recorded)
+
+
+def attack(
+    pipe,
+    targets,
+    config=None,
+    *,
+    edits=None,
+    starts=None,
+    seeds=None,
+    stop=None,
+    rows=96,
+    checkpointing=False,
+    progress=True,
+    callback=None,
+):
+    """DoRI for N cases.
+
+    Args:
+        pipe: a `StableDiffusionPipeline`, without an edit applied to it.
+        targets: N `Target`s with an image; the same one may come several times, with other starts or seeds.
+        config: an `AttackConfig`.
+        edits: one `Edit` or None for each case, under which it is attacked; or one for all of them.
+        starts: embeddings (N, T, D) to start from, instead of `config.start`.
+        seeds: one for each case, instead of `config.seed`.
+        stop: called after each step with (step, case numbers, their embeddings (n, T, D)); returns n booleans, True for
+            a case that need not go on.
+        rows: cases x draws in one batch of the U-Net, at most.
+        checkpointing: gradient checkpointing, slower by a third, for GPUs with little memory.
+        callback: called after each step with {"step", "steps", "cases", "losses", "prompt_embeds"}: case numbers, their
+            losses (n,) before the step and embeddings (n, T, D) after it.
+
+    Returns:
+        `Triggers`, one for each case.
+
+    Raises:
+        ValueError: a target without image, or as many edits, starts or seeds as do not fit the targets.
+
+    A case whose loss is no longer finite stops there and keeps its last embedding; a warning says which.
+    """
+    config = config or AttackConfig()
+    edits = list(edits) if isinstance(edits, list | tuple) else [edits] * len(targets)
+    seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
+    _check(pipe, targets, edits, seeds, starts)
+    attempts = []
+    for attempt in range(config.restarts):
+        tried = [seed + attempt for seed in seeds]
+        generators = [_generator(target, seed) for target, seed in zip(targets, tried, strict=True)]
+        embeds = _starts(pipe, targets, config, generators) if starts is None else starts.detach().float().clone()
+        start = config.start if starts is None else "given"
+        with known_base(pipe) as base, _checkpointing(pipe.unet, checkpointing):
+            cases = [_about(base, *case, start, config) for case in zip(targets, tried, edits, strict=True)]
+            group = max(1, rows // config.batch_size)
+            desc = "DoRI" if config.restarts == 1 else f"DoRI, attempt {attempt + 1} of {config.restarts}"
+            total = len(range(0, len(targets), group)) * config.steps
+            found = []
+            with tqdm(total=total, desc=desc, disable=not progress) as bar:
+                for first in range(0, len(targets), group):
+                    part = slice(first, first + group)
+                    group_of = [values[part] for values in (targets, edits, embeds, generators, cases)]
+                    found.append(_optimise(pipe, *group_of, config, first, stop, callback, bar.update))
+        attempts.append(_joined(found))
+    found = attempts[0] if config.restarts == 1 else _best(pipe, attempts, targets, edits, config, rows)
+    diverged = [f"{case['target']} at step {case['steps']}" for case in found.cases if case["stopped"] == "diverged"]
+    if diverged:
+        warnings.warn(f"The loss is no longer a number for {', '.join(diverged)}: try a smaller lr.", stacklevel=2)
+    return found
+
+
+def denoising_loss(pipe, latents, prompt_embeds, noise, timesteps):
+    """The loss that the model was trained with, for each row (N,): mean square error of its prediction.
+
+    Args:
+        latents: clean ones (N, C, H, W), see `generation.encode_images`.
+        prompt_embeds: (N, T, D).
+        noise: standard normal (N, C, H, W).
+        timesteps: (N,) integers below the scheduler's num_train_timesteps.
+
+    Raises:
+        ValueError: a model that predicts neither noise nor v.
+    """
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"DoRI knows models that predict 'epsilon' or 'v_prediction', not {kind!r}.")
+    noisy = scheduler.add_noise(latents, noise, timesteps)  # x_t
+    wanted = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    dtype = pipe.unet.dtype
+    output = pipe.unet(noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample
+    return (output.float() - wanted).square().mean(dim=(1, 2, 3))
+
+
+def _optimise(pipe, targets, edits, embeds, generators, cases, config, first, stop, callback, on_step):
+    """Attack one group of cases, that starts with case number `first`; updates `cases`."""
+    clean = encode_images(pipe, [target.image for target in targets])
+    parameters = [start.clone().requires_grad_() for start in embeds]
+    adam = torch.optim.Adam(parameters, lr=config.lr)
+    losses = torch.full((len(targets), config.steps), torch.nan)
+    recorded = {step: embeds.clone() for step in config.record if step == 0}
+    active, step = list(range(len(targets))), 0
+    while active and step < config.steps:
+        ended = []
+        with applied_by_row(pipe, [edits[i] for i in active]):
+            while not ended and step < config.steps:
+                loss, gradients = _step(
+                    pipe, clean[active], [parameters[i] for i in active], generators, active, config
+                )
+                for i, of_case, gradient in zip(active, loss.tolist(), gradients, strict=True):
+                    losses[i, step] = of_case
+                    if gradient.isfinite().all():
+                        parameters[i].grad = gradient
+                    else:
+                        ended.append(i)
+                        cases[i]["stopped"] = "diverged"
+                adam.step()
+                adam.zero_grad()
+                step += 1
+                now = torch.stack([parameters[i].detach() for i in active])
+                numbers = [first + i for i in active]
+                for i in active:
+                    cases[i]["steps"] = step
+                if step in config.record:
+                    recorded[step] = torch.stack([parameter.detach().clone() for parameter in parameters])
+                if callback is not None:
+                    about = {"step": step, "steps": config.steps, "cases": numbers}
+                    callback(about | {"losses": loss.cpu(), "prompt_embeds": now})
+                if stop is not None:
+                    for i, enough in zip(active, stop(step, numbers, now), strict=True):
+                        if enough and i not in ended:
+                            ended.append(i)
+                            cases[i]["stopped"] = "early"
+                on_step()
+        active = [i for i in active if i not in ended]
+    on_step(config.steps - step)
+    final = torch.stack([parameter.detach() for parameter in parameters])
+    recorded |= {later: final for later in config.record if later > step}
+    return Triggers(final.cpu(), losses, cases, {step: embeds.cpu() for step, embeds in sorted(recorded.items())})
+
+
+def _step(pipe, clean, parameters, generators, active, config):
+    """Losses (n,) of the active cases with fresh draws, and the gradient of each; not finite where the loss is not."""
+    draws = [_draws(pipe, generators[i], config.batch_size) for i in active]
+    loss = _losses(pipe, clean, torch.stack(parameters), draws)
+    gradients = torch.autograd.grad(torch.where(loss.isfinite(), loss, 0.0).sum(), parameters)
+    bad = ~loss.isfinite()
+    return loss.detach(), [g * torch.nan if of_case else g for g, of_case in zip(gradients, bad.tolist(), strict=True)]
+
+
+def _losses(pipe, clean, embeds, draws):
+    """Mean loss (n,) over the draws of each of n cases, given for each as noise (B, C, H, W) and timesteps (B,).
+
+    Rows are in the order that `applied_by_row` wants: all cases' first draw, then their second.
+    """
+    noise = torch.stack([noise for noise, _ in draws], dim=1).flatten(0, 1)  # (B, n, C, H, W) → (B * n, C, H, W)
+    timesteps = torch.stack([timesteps for _, timesteps in draws], dim=1).flatten()
+    count = len(draws[0][1])
+    rows = denoising_loss(pipe, clean.repeat(count, 1, 1, 1), embeds.repeat(count, 1, 1), noise, timesteps)
+    return rows.unflatten(0, (count, -1)).mean(dim=0)
+
+
+def _draws(pipe, generator, count):
+    """Noise (count, C, H, W) and timesteps (count,) from the case's own generator, on the pipeline's device."""
+    size = pipe.unet.config.sample_size
+    shape = (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    noise = torch.randn((count, *shape), generator=generator)
+    timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (count,), generator=generator)
+    return noise.to(pipe.unet.device), timesteps.to(pipe.unet.device)
+
+
+def _starts(pipe, targets, config, generators):
+    if config.start == "prompt":
+        return encode_prompts(pipe, [target.prompt for target in targets]).float()
+    shape = (pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.unet.device)
+
+
+def _generator(target, seed):
+    digest = hashlib.sha256(f"{target.id} {seed}".encode()).hexdigest()
+    return torch.Generator("cpu").manual_seed(int(digest[:15], 16))
+
+
+def _about(base, target, seed, edit, start, config):
+    own = {"target": target.id, "prompt": target.prompt, "seed": seed, "start": start}
+    own |= {"edit": edit and edit.fingerprint(), "mitigation": edit and edit.method, "model": base}
+    return own | {"config": json.loads(json.dumps(asdict(config))), "steps": 0, "stopped": None}  # as it comes back
+
+
+@torch.no_grad()
+def _best(pipe, attempts, targets, edits, config, rows):
+    """Of each case the attempt with the lowest loss on 32 draws that are the same for all attempts."""
+    draws = [_draws(pipe, _generator(target, -1), 32) for target in targets]
+    clean = encode_images(pipe, [target.image for target in targets])
+    losses = torch.empty(len(attempts), len(targets))
+    group = max(1, rows // 32)
+    for number, found in enumerate(attempts):
+        for first in range(0, len(targets), group):
+            part = slice(first, first + group)
+            with applied_by_row(pipe, edits[part]):
+                embeds = found.prompt_embeds[part].to(pipe.unet.device)
+                losses[number, part] = _losses(pipe, clean[part], embeds, draws[part]).cpu()
+    chosen = losses.nan_to_num(nan=torch.inf).argmin(dim=0).tolist()
+    return _joined([attempts[number][[i]] for i, number in enumerate(chosen)])
+
+
+def _joined(parts):
+    recorded = {step: torch.cat([part.recorded[step] for part in parts]) for step in parts[0].recorded}
+    cases = [case for part in parts for case in part.cases]
+    embeds, losses = [torch.cat([getattr(part, name) for part in parts]) for name in ("prompt_embeds", "losses")]
+    return Triggers(embeds, losses, cases, recorded)
+
+
+@contextmanager
+def _checkpointing(unet, wanted):
+    before = unet.is_gradient_checkpointing
+    if wanted:
+        unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if wanted and not before:
+            unet.disable_gradient_checkpointing()
+
+
+def _check(pipe, targets, edits, seeds, starts):
+    if not targets:
+        raise ValueError("No targets: give at least one.")
+    for target in targets:
+        if target.image is None:
+            raise ValueError(f"{target.id} has no image: DoRI optimises towards the image, so it must be known.")
+    for name, values in (("edits", edits), ("seeds", seeds)):
+        if len(values) != len(targets):
+            raise ValueError(f"{len(values)} {name} for {len(targets)} targets: give one for each.")
+    shape = (len(targets), pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+    if starts is not None and tuple(starts.shape) != shape:
+        raise ValueError(f"starts has the shape {tuple(starts.shape)}; these targets and this model take {shape}.")
