@@ -5,16 +5,20 @@ one case for each prompt, so that every notebook that asks for the same ones get
 """
 
 import hashlib
+import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
 from . import __version__
+from .attack import AttackConfig, Triggers, attack
 from .detection import first_step_similarity, noise_magnitude, seed_diversity
 from .edits import Edit, base_hash
 from .generation import generate
@@ -23,45 +27,48 @@ from .models import model_hash
 from .similarity import TRANSFORMS, load_sscd
 
 
-def cached_generate(pipe, prompts, seeds, preset, store, edits=None) -> list[list[Image.Image]]:
+def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[list[Image.Image]]:
     """`generate` with the preset's sampling; each prompt's images are one case of the store.
 
     Args:
         edits: None, or one `Edit` or None for each prompt.
+        prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
 
     Returns:
         One list of images for each prompt, one image for each seed.
     """
-    return _images(_generated(pipe, prompts, seeds, preset, store, edits))
+    return _images(_generated(pipe, prompts, seeds, preset, store, edits, prompt_embeds))
 
 
-def cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits=None) -> np.ndarray:
+def cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits=None, prompt_embeds=None) -> np.ndarray:
     """SSCD features (N, S, D) of what `cached_generate` gives for the same arguments, also one case for each prompt."""
     config = {"what": "SSCD", "sscd": sscd.name, "transform": repr(TRANSFORMS[preset.sscd_transform])}
-    cases, by_fingerprint = _cases(prompts, seeds, preset, edits)
+    cases, inputs = _cases(prompts, seeds, preset, edits, prompt_embeds)
 
     def compute(cases: list[dict]) -> list[dict]:
-        prompts, chosen = [case["prompt"] for case in cases], [by_fingerprint[case["edit"]] for case in cases]
-        images = cached_generate(pipe, prompts, seeds, preset, store, chosen)
+        images = cached_generate(pipe, seeds=seeds, preset=preset, store=store, **inputs(cases))
         return [{"features": row} for row in sscd.embed_rows(images, preset.sscd_transform, progress=False)]
 
     results = _timed_cases(pipe, [case | config for case in cases], compute, store)
     return np.stack([result["features"] for result in results])
 
 
-def _generated(pipe, prompts, seeds, preset, store, edits=None) -> list[dict]:
-    cases, by_fingerprint = _cases(prompts, seeds, preset, edits)
+def _generated(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[dict]:
+    cases, inputs = _cases(prompts, seeds, preset, edits, prompt_embeds)
 
     def compute(cases: list[dict]) -> list[dict]:
-        chosen, prompts = [by_fingerprint[case["edit"]] for case in cases], [case["prompt"] for case in cases]
-        images = generate(pipe, prompts, seeds=seeds, edits=chosen, **preset.sampling, progress=False)
+        given = inputs(cases)
+        texts = given.pop("prompts")
+        images = generate(
+            pipe, texts if prompt_embeds is None else None, seeds=seeds, **given, **preset.sampling, progress=False
+        )
         return [{"images": np.stack([np.asarray(image) for image in row])} for row in images]
 
     return _timed_cases(pipe, [case | {"what": "generate"} for case in cases], compute, store)
 
 
-def _cases(prompts, seeds, preset, edits) -> tuple[list[dict], dict]:
-    """What a generation of each prompt depends on, beside the model, and fingerprint → edit."""
+def _cases(prompts, seeds, preset, edits, prompt_embeds=None) -> tuple[list[dict], Callable]:
+    """What a generation of each prompt depends on, beside the model; and cases → their prompts, edits, embeddings."""
     if not prompts:
         raise ValueError("No prompts: give at least one.")
     edits = edits or [None] * len(prompts)
@@ -69,7 +76,24 @@ def _cases(prompts, seeds, preset, edits) -> tuple[list[dict], dict]:
     fingerprints[None] = None
     about = {"seeds": list(seeds), **preset.sampling}
     cases = [about | {"prompt": p, "edit": fingerprints[e]} for p, e in zip(prompts, edits, strict=True)]
-    return cases, {fingerprint: edit for edit, fingerprint in fingerprints.items()}
+    if prompt_embeds is not None:
+        cases = [case | {"embedding": _hash(e)} for case, e in zip(cases, prompt_embeds, strict=True)]
+    by_fingerprint = {fingerprint: edit for edit, fingerprint in fingerprints.items()}
+    by_hash = {} if prompt_embeds is None else {c["embedding"]: e for c, e in zip(cases, prompt_embeds, strict=True)}
+
+    def inputs(chosen: list[dict]) -> dict:
+        return {
+            "prompts": [case["prompt"] for case in chosen],
+            "edits": [by_fingerprint[case["edit"]] for case in chosen],
+            "prompt_embeds": torch.stack([by_hash[case["embedding"]] for case in chosen]) if by_hash else None,
+        }
+
+    return cases, inputs
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    array = tensor.detach().float().cpu().contiguous().numpy()
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:32]
 
 
 def _images(cases: list[dict]) -> list[list[Image.Image]]:
@@ -144,53 +168,134 @@ def _beside_weights(pipe) -> dict:
     return {"scheduler": scheduler, "tokens": tokens.hexdigest()[:16]}
 
 
-def audit(pipe, targets, preset, store, sscd=None, edits=None, clip=None) -> pd.DataFrame:
-    """Generate every target's prompt, under every mitigation, and compare with its image.
+def audit(
+    pipe,
+    targets,
+    preset,
+    store,
+    sscd=None,
+    edits=None,
+    clip=None,
+    attack: AttackConfig | None = None,
+    controls=(),
+    control_pipe=None,
+) -> pd.DataFrame:
+    """Generate every target's prompt, under every mitigation, and compare with its image; then attack, and again.
 
     Args:
         edits: mitigation's name → one `Edit` for all targets, a list with one for each, or None for the model as it
             is; default: {"none": None}.
         clip: of `metrics.load_clip`, for the column alignment.
+        attack: settings of DoRI; default: no attack.
+        controls: targets that the model has never seen, for the same treatment; of a list of K edits, control i gets
+            number i % K.
+        control_pipe: another pipeline, such as a twin that has never seen the targets, to generate and attack the same
+            targets in; its mitigation is called "control model".
 
     Returns:
-        Rows (mitigation, target, prompt, kind, duplicates, seed, sscd, sscd_gen, d_sscd, alignment). Of that target and
-        seed, sscd is SSCD_Orig; sscd_gen its generation's similarity to the one without mitigation; d_sscd that to the
-        other seeds' generations, so that its mean is D_SSCD (NaN for a single seed); alignment A_CLIP, if `clip` is
-        given. `attrs` of the table says what made it: model, weights, SSCD, transform, sampling, version.
+        Rows (mitigation, target, prompt, kind, duplicates, attack, steps, seed, sscd, sscd_gen, d_sscd, alignment).
+        attack is "none" for the prompt itself and "DoRI" for a trigger, after that many steps: those in
+        `attack.record` and the last. Of that target and seed, sscd is SSCD_Orig; sscd_gen its generation's similarity
+        to that of the prompt without mitigation; d_sscd that to the other seeds' generations, so that its mean is
+        D_SSCD (NaN for a single seed); alignment A_CLIP, if `clip` is given. `attrs` of the table says what made it:
+        model, weights, SSCD, transform, sampling, version, attack.
 
     Raises:
         ValueError: a list of edits that is not as long as the targets.
     """
-    sscd, seeds = sscd or load_sscd(), preset.seeds
-    prompts = [target.prompt for target in targets]
+    sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
+    settings = (preset, store, sscd, clip, attack)
+    for name, edit in (edits or {"none": None}).items():
+        each = None if edit is None else _one_for_each(edit, targets, name)
+        if each is not None:
+            each += [each[i % len(each)] for i in range(len(controls))]
+        rows += _audited(pipe, everyone, name, each, *settings)
+    if control_pipe is not None:
+        rows += _audited(control_pipe, targets, "control model", None, *settings)
+    table = pd.DataFrame(rows)
+    table.attrs = provenance(pipe, preset, sscd, clip)
+    if attack is not None:
+        table.attrs["attack"] = " ".join(f"{key}={value}" for key, value in asdict(attack).items())
+    if control_pipe is not None:
+        table.attrs["control weights"] = model_hash(control_pipe)
+    return table
+
+
+def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config) -> list[dict]:
+    """Rows of one mitigation: under the prompts, and under what DoRI found after so many steps."""
+    prompts, seeds = [target.prompt for target in targets], preset.seeds
     plain = cached_embeddings(pipe, prompts, seeds, preset, store, sscd)  # (N, S, D)
     originals = sscd.embed([target.image for target in targets], preset.sscd_transform)  # (N, D)
     texts = None if clip is None else clip.embed_texts(prompts)
-
-    def columns(each):  # name → (N, S)
-        ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, each)
+    embeddings = {("none", 0): None}
+    if config is not None:
+        found = cached_attack(pipe, targets, config, store, edits)
+        by_step = found.recorded | {config.steps: found.prompt_embeds}
+        embeddings |= {("DoRI", step): of_step for step, of_step in sorted(by_step.items())}
+    rows = []
+    for (attacked, steps), prompt_embeds in embeddings.items():
+        ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits, prompt_embeds)
         others = ours.sum(axis=1, keepdims=True) - ours
-        scores = {
+        scores = {  # name → (N, S)
             "sscd": np.einsum("nsd,nd->ns", ours, originals),
             "sscd_gen": np.einsum("nsd,nsd->ns", ours, plain),
             "d_sscd": np.einsum("nsd,nsd->ns", ours, others) / (len(seeds) - 1 or np.nan),
         }
         if clip is not None:
-            images = cached_generate(pipe, prompts, seeds, preset, store, each)
+            images = cached_generate(pipe, prompts, seeds, preset, store, edits, prompt_embeds)
             scores["alignment"] = _alignments(images, texts, clip)
-        return scores
-
-    rows = []
-    for name, edit in (edits or {"none": None}).items():
-        scores = columns(None if edit is None else _one_for_each(edit, targets, name))
         for i, target in enumerate(targets):
             about = {"mitigation": name, "target": target.id, "prompt": target.prompt, "kind": target.kind}
-            about |= {"duplicates": target.duplicates}
+            about |= {"duplicates": target.duplicates, "attack": attacked, "steps": steps}
             for j, seed in enumerate(seeds):
                 rows.append(about | {"seed": seed} | {column: float(of[i, j]) for column, of in scores.items()})
-    table = pd.DataFrame(rows)
-    table.attrs = provenance(pipe, preset, sscd, clip)
-    return table
+    return rows
+
+
+def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=None, *, rows=96, **kwargs) -> Triggers:
+    """`attack`, one case of it a case of the store.
+
+    Args:
+        targets, config, edits, starts, seeds, rows: as `attack` takes them; edits None or one for each.
+        kwargs: what else it takes and its result does not depend on: progress, checkpointing, callback.
+    """
+    edits = list(edits) if edits else [None] * len(targets)
+    seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
+    fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit} | {None: None}
+    key = {"what": "DoRI", "config": asdict(config), "model": base_hash(pipe), **_beside_weights(pipe)}
+    cases, by_case = [], {}
+    for i, (target, edit, seed) in enumerate(zip(targets, edits, seeds, strict=True)):
+        pixels = torch.from_numpy(np.array(target.image.convert("RGB")))
+        case = {"target": target.id, "prompt": target.prompt, "image": _hash(pixels), "edit": fingerprints[edit]}
+        case |= {"seed": seed, "start": None if starts is None else _hash(starts[i])}
+        cases.append(key | case)
+        by_case[json.dumps(key | case, sort_keys=True)] = i
+
+    def compute(chosen: list[dict]) -> list[dict]:
+        numbers = [by_case[json.dumps(case, sort_keys=True)] for case in chosen]
+        own = {"edits": [edits[i] for i in numbers], "seeds": [seeds[i] for i in numbers]}
+        own["starts"] = None if starts is None else starts[numbers]
+        found = attack(pipe, [targets[i] for i in numbers], config, rows=rows, **own, **kwargs)
+        return [_trigger_arrays(found[[i]]) for i in range(len(found))]
+
+    results = store.map(cases, compute, batch_size=max(1, rows // config.batch_size), progress=False)
+    return Triggers(
+        torch.stack([torch.from_numpy(result["prompt_embeds"]) for result in results]),
+        torch.stack([torch.from_numpy(result["losses"]) for result in results]),
+        [json.loads(str(result["about"])) for result in results],
+        {s: torch.stack([torch.from_numpy(r[f"recorded {s}"]) for r in results]) for s in sorted(config.record)},
+    )
+
+
+def _trigger_arrays(found: Triggers) -> dict:
+    recorded = {f"recorded {step}": embeds[0].numpy() for step, embeds in found.recorded.items()}
+    about = np.array(json.dumps(found.cases[0]))
+    return {
+        "prompt_embeds": found.prompt_embeds[0].numpy(),
+        "losses": found.losses[0].numpy(),
+        "about": about,
+        **recorded,
+    }
 
 
 def _alignments(images, texts, clip) -> np.ndarray:

@@ -11,8 +11,10 @@ from PIL import Image
 
 from dori_utils import audit as audit_module
 from dori_utils import wanda
+from dori_utils.attack import AttackConfig, attack
 from dori_utils.audit import (
     audit,
+    cached_attack,
     cached_edits,
     cached_embeddings,
     cached_generate,
@@ -225,3 +227,68 @@ def test_detectors_score_every_prompt_and_count_their_cost(tiny_testbed, store):
     assert len(detected) == 6 and detected["score"].notna().all() and (detected["seconds"] > 0).all()
     again = detect(tiny_testbed, ["a cat", "a dog"], PRESET, store)
     pd.testing.assert_frame_equal(detected, again)
+
+
+WANDA = wanda.Config(sparsity=0.2, steps=1, num_inference_steps=2, guidance_scale=3.0)
+ATTACK = AttackConfig(steps=2, batch_size=2, record=(0, 1))
+
+
+def test_attacks_add_rows_for_every_recorded_step_and_for_the_controls(tiny_testbed, store):
+    targets = make_targets(tiny_testbed)
+    vm, controls = targets[:2], targets[2:]
+    pruned = wanda.localize_each(tiny_testbed, vm, WANDA, progress=False)
+    edits = {"original": None, "Wanda": pruned}
+    table = audit(tiny_testbed, vm, PRESET, store, edits=edits, attack=ATTACK, controls=controls)
+    assert len(table) == 2 * 3 * (1 + 3) * 2  # mitigations x targets and control x (prompt, steps 0, 1, 2) x seeds
+    assert set(zip(table["attack"], table["steps"], strict=True)) == {
+        ("none", 0),
+        ("DoRI", 0),
+        ("DoRI", 1),
+        ("DoRI", 2),
+    }
+    assert set(table.loc[table["kind"] == "control", "target"]) == {"t2"}
+    numbers = ["sscd", "sscd_gen", "d_sscd"]
+    prompts, starts = (table[(table["attack"] == a) & (table["steps"] == 0)] for a in ("none", "DoRI"))
+    assert np.allclose(prompts[numbers].to_numpy(), starts[numbers].to_numpy(), atol=1e-4)
+    found = attack(tiny_testbed, targets, ATTACK, edits=[*pruned, pruned[0]], progress=False)
+    images = generate(
+        tiny_testbed,
+        prompt_embeds=found.prompt_embeds,
+        seeds=PRESET.seeds,
+        edits=[*pruned, pruned[0]],
+        **PRESET.sampling,
+        progress=False,
+    )
+    expected = sscd_scores(images, [t.image for t in targets], transform=PRESET.sscd_transform)
+    last = table[(table["mitigation"] == "Wanda") & (table["steps"] == 2)]
+    assert np.allclose(scores_by_target(last), expected, atol=0.02)
+    assert "steps=2" in table.attrs["attack"]
+
+
+def test_an_attack_is_made_once(tiny_testbed, store, monkeypatch):
+    targets = make_targets(tiny_testbed)[:2]
+    first = cached_attack(tiny_testbed, targets, ATTACK, store, progress=False)
+    monkeypatch.setattr(audit_module, "attack", None)  # would fail if it were called
+    again = cached_attack(tiny_testbed, targets[::-1], ATTACK, store)[[1, 0]]
+    assert torch.equal(first.prompt_embeds, again.prompt_embeds) and torch.equal(first.losses, again.losses)
+    assert first.cases == again.cases and torch.equal(first.recorded[1], again.recorded[1])
+
+
+def test_an_attack_of_another_image_start_seed_or_edit_is_another_case(tiny_testbed, store):
+    one = make_targets(tiny_testbed)[0]
+    other = dataclasses.replace(one, image=Image.new("RGB", one.image.size))
+    embeds = torch.zeros(1, tiny_testbed.tokenizer.model_max_length, tiny_testbed.unet.config.cross_attention_dim)
+    edit = wanda.localize(tiny_testbed, [one], WANDA, progress=False)
+    variants = [{}, {"seeds": [1]}, {"starts": embeds}, {"edits": [edit]}]
+    found = [cached_attack(tiny_testbed, [one], ATTACK, store, progress=False, **more) for more in variants]
+    found.append(cached_attack(tiny_testbed, [other], ATTACK, store, progress=False))
+    assert len({f.prompt_embeds.numpy().tobytes() for f in found}) == len(found)
+
+
+def test_a_control_model_is_attacked_on_the_same_targets(tiny_testbed, sd2, store):
+    targets = make_targets(tiny_testbed)[:1]
+    table = audit(tiny_testbed, targets, PRESET, store, attack=ATTACK, control_pipe=sd2)
+    assert table["mitigation"].unique().tolist() == ["none", "control model"]
+    own, other = (table.loc[table["mitigation"] == name, "sscd"].to_numpy() for name in ("none", "control model"))
+    assert own.shape == other.shape and not np.allclose(own, other)
+    assert table.attrs["control weights"] == model_hash(sd2) != table.attrs["weights"]
