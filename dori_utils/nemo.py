@@ -336,7 +336,7 @@ class _Request(NamedTuple):
     slopes_below: float | None = None  # slopes are wanted if every score is below this
 
 
-def _on_all(candidate, seeds, slopes_below, base=None):
+def _on_seeds(candidate, seeds, slopes_below, base=None):
     return _Request(candidate.expand(len(seeds), -1), seeds, base, slopes_below)
 
 
@@ -370,19 +370,21 @@ def _search(rounds, layers, seeds, tau, margin, report):
 
 def _select(rounds, seeds, tau, report):
     """The first round with all seeds below tau, its scores and slopes; else the last, and its score as the new tau."""
-    position, ahead, telling = 0, 1, seeds[0]
+    position, ahead, order = 0, 1, seeds  # the seed that was above tau last comes first
     while position < len(rounds):
         sets = rounds[position : position + ahead]
-        of_sets, _, ahead = yield _Request(sets, [telling] * len(sets))
+        of_sets, _, ahead = yield _Request(sets, order[:1] * len(sets))
         for candidate, score in zip(sets, of_sets.tolist(), strict=True):
-            if score < tau:
-                scores, slopes, ahead = yield _on_all(candidate, seeds, tau)
-                score, telling = scores.max().item(), seeds[scores.argmax()]
+            for some in (order[1:4], seeds):
+                if score < tau and some:
+                    scores, slopes, ahead = yield _on_seeds(candidate, some, tau if some is seeds else -math.inf)
+                    score, highest = scores.max().item(), some[scores.argmax()]
+                    order = sorted(order, key=lambda seed: seed != highest)
             report("selection", candidate, score, tau)
             if score < tau:
                 return candidate, scores, slopes, tau
         position += len(sets)
-    scores, slopes, _ = yield _on_all(rounds[-1], seeds, math.inf)
+    scores, slopes, _ = yield _on_seeds(rounds[-1], seeds, math.inf)
     return rounds[-1], scores, slopes, scores.max().item()
 
 
@@ -399,7 +401,7 @@ def _unblock(base, seeds, tau, margin, report, stage, chosen, scores, slopes, gr
         chosen, level = decisions[below[-1]] if below else (verified, scores.max().item())
         if position == len(groups) or len(below) >= verify_after:
             if below:
-                new_scores, new_slopes, ahead = yield _on_all(chosen, seeds, tau, base)
+                new_scores, new_slopes, ahead = yield _on_seeds(chosen, seeds, tau, base)
                 if new_scores.max() >= tau:
                     missed, verify_after = seeds[new_scores.argmax()], VERIFY_AFTER
                     sets = torch.stack([decisions[number][0] for number in below])
@@ -532,7 +534,7 @@ class _Judge:
         """First-step changes (B, C, H, W) of rows (B, 2), target and seed, under sets (B, neurons)."""
         counts = torch.tensor([self._known_parts(int(i), off) for i, off in zip(rows[:, 0], sets, strict=True)])
         order, changes = counts.argsort(stable=True), []
-        for batch in order.split(self.batch_size):
+        for batch in order.tensor_split(math.ceil(len(order) / self.batch_size)):
             row, count = rows[batch], int(counts[batch].min())
             records = [self.known[i][1][seed][:count] if count else () for i, seed in row.tolist()]
             outputs = [_stacked(of_rows) for of_rows in zip(*records, strict=True)]  # part by part
