@@ -19,10 +19,10 @@ from PIL import Image
 
 from . import __version__
 from .attack import AttackConfig, Triggers, attack
-from .detection import first_step_similarity, noise_magnitude, seed_diversity
+from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash
 from .generation import generate
-from .metrics import bootstrap_interval, frechet_distance, memorization_rate
+from .metrics import bootstrap_interval, diversity, frechet_distance, memorization_rate
 from .models import model_hash
 from .similarity import TRANSFORMS, load_sscd
 
@@ -122,9 +122,8 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
         cost = evaluations * len(preset.detection_seeds)
         rows += [_detected(p, name, c["score"], cost, c["seconds"]) for p, c in zip(prompts, cases, strict=True)]
 
-    generated = _generated(pipe, prompts, preset.seeds, preset, store)
-    images, seconds = _images(generated), [case["seconds"] for case in generated]
-    scores = seed_diversity(images, transform=preset.sscd_transform, sscd=sscd)
+    seconds = [case["seconds"] for case in _generated(pipe, prompts, preset.seeds, preset, store)]
+    scores = diversity(cached_embeddings(pipe, prompts, preset.seeds, preset, store, sscd))
     cost = 2 * steps * len(preset.seeds)
     rows += [_detected(p, "seed diversity", s, cost, t) for p, s, t in zip(prompts, scores, seconds, strict=True)]
     table = pd.DataFrame(rows)
@@ -317,17 +316,22 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.D
         seeds without mitigation, with a 95% interval over captions (low, high); frechet, the Fréchet distance of CLIP's
         image features to the reference's, images one for each caption and seed: compare only rows of one table.
     """
-    features, texts, rows = clip.embed_images(reference), clip.embed_texts(captions), []
-    plain = _alignments(cached_generate(pipe, captions, preset.seeds, preset, store), texts, clip).mean(axis=1)
+    real, texts, rows = clip.embed_images(reference), clip.embed_texts(captions), []
+
+    def embedded(each=None):  # (C, S, D)
+        images = cached_generate(pipe, captions, preset.seeds, preset, store, each)
+        return clip.embed_images([image for row in images for image in row]).reshape(
+            len(captions), len(preset.seeds), -1
+        )
+
+    plain = np.einsum("csd,cd->c", embedded(), texts) / len(preset.seeds)
     for name, edit in edits.items():
         each = edit if isinstance(edit, list | tuple) else [edit]
-        each = [each[i % len(each)] for i in range(len(captions))]
-        images = cached_generate(pipe, captions, preset.seeds, preset, store, each)
-        ours = _alignments(images, texts, clip).mean(axis=1)
+        features = embedded([each[i % len(each)] for i in range(len(captions))])
+        ours = np.einsum("csd,cd->c", features, texts) / len(preset.seeds)
         low, high = bootstrap_interval(ours - plain)
         row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean(), "low": low, "high": high}
-        flat = [image for of_caption in images for image in of_caption]
-        rows.append(row | {"frechet": frechet_distance(clip.embed_images(flat), features)})
+        rows.append(row | {"frechet": frechet_distance(features.reshape(-1, features.shape[-1]), real)})
     table = pd.DataFrame(rows)
     table.attrs = provenance(pipe, preset, clip=clip)
     return table

@@ -7,6 +7,7 @@ where nobody published it, our choice and why.
 from dataclasses import dataclass
 
 from . import nemo, wanda
+from .attack import AttackConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Preset:
     pruned_targets: int  # how many memorized prompts mitigations are tried on
     nemo: nemo.Config  # detection by first-step similarity takes `similarity` and `second_timestep` from it
     wanda: wanda.Config
+    attack: AttackConfig  # DoRI
 
     @property
     def sampling(self) -> dict:
@@ -48,6 +50,7 @@ PRESETS = {
             second_timestep=True,
         ),
         wanda=wanda.Config(sparsity=0.02, num_inference_steps=25, guidance_scale=3.0),
+        attack=AttackConfig(record=(0, 1, 10, 25, 50)),  # the paper's settings, and the steps of its figure
     ),
     "smoke": Preset(  # whether everything runs: three steps and two seeds give pictures of nothing
         model="testbed",
@@ -60,6 +63,7 @@ PRESETS = {
         # At the first timestep: nothing is alike between two seeds at the second of three.
         nemo=nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=3),
         wanda=wanda.Config(steps=2, num_inference_steps=3, guidance_scale=3.0),
+        attack=AttackConfig(steps=2, batch_size=2, record=(0, 1, 2)),
     ),
     "paper": Preset(
         model="sd14",
@@ -71,5 +75,6 @@ PRESETS = {
         pruned_targets=500,
         nemo=nemo.Config(),
         wanda=wanda.Config(),
+        attack=AttackConfig(record=(0, 1, 10, 25, 50)),
     ),
 }
