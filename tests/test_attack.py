@@ -63,6 +63,7 @@ def test_the_first_step_is_adams(pipe):
     assert moved.max() <= 0.1 + 1e-4 and moved.median() > 0.09  # Adam's first update is lr times the gradient's sign
 
 
+@pytest.mark.slow
 def test_the_loss_falls(sd1):
     found = attack(sd1, [target("one")], AttackConfig(steps=40), progress=False)
     assert found.losses[0, -10:].mean() < found.losses[0, :10].mean()
@@ -146,6 +147,7 @@ def test_a_case_that_diverges_is_named_and_the_others_go_on(sd1):
     assert close(found[[1]], attack(sd1, targets[1:], CONFIG, starts=starts[1:], progress=False))
 
 
+@pytest.mark.slow
 def test_of_several_restarts_the_best_is_kept(sd1):
     one, settings = target("one"), dict(steps=2, batch_size=2, start="noise")
     best = attack(sd1, [one], AttackConfig(**settings, restarts=3), progress=False)
@@ -182,6 +184,7 @@ def test_triggers_survive_the_disk(sd1, tmp_path):
         Triggers.load(tmp_path / "half.safetensors")
 
 
+@pytest.mark.slow
 def test_a_trigger_is_replayed_by_plain_diffusers(sd1, sd1_folder, tmp_path):
     attack(sd1, [target("one")], CONFIG, progress=False).save(tmp_path / "trigger.safetensors")
     names = {"MODEL": str(sd1_folder), "THIS_FILE": str(tmp_path / "trigger.safetensors")}
