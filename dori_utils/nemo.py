@@ -50,7 +50,7 @@ from .generation import encode_prompts, initial_latents
 
 MOST_AHEAD = 64  # rows that a target asks for at once
 VERIFY_AFTER = 32  # decisions to unblock, after which all seeds are tried; twice as many after each time without a miss
-DOUBT = 0.003  # of a guessed score; half the guessed rise if that is more. On the testbed one guess in four so near is wrong
+DOUBT = 0.003  # of a guessed score, or half the guessed rise; one guess in four so near to tau is wrong on the testbed
 
 
 @dataclass(frozen=True)
