@@ -19,17 +19,15 @@ Shapes: N cases, B draws of a case at a step; T tokens and D channels of an embe
 
 import hashlib
 import json
-import uuid
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from .edits import applied_by_row, known_base
-from .generation import encode_images, encode_prompts
+from .edits import applied_by_row, known_base, read_safetensors, write_safetensors
+from .generation import encode_images, encode_prompts, latent_size
 
 REPLAY = """import torch; from diffusers import StableDiffusionPipeline; from safetensors.torch import load_file
 pipe = StableDiffusionPipeline.from_pretrained(MODEL)
@@ -90,18 +88,10 @@ class Triggers:
 
     def save(self, path):
         """Write a safetensors file, whole or not at all; its metadata say what each trigger is and how to replay it."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         tensors = {"prompt_embeds": self.prompt_embeds, "losses": self.losses}
         tensors |= {f"recorded {step}": embeds for step, embeds in self.recorded.items()}
-        try:
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, part, metadata={"cases": json.dumps(self.cases), "replay": REPLAY})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+        write_safetensors(path, arrays, {"cases": json.dumps(self.cases), "replay": REPLAY})
 
     @classmethod
     def load(cls, path):
@@ -110,17 +100,10 @@ class Triggers:
         Raises:
             OSError: the file is missing or damaged, or holds no triggers.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                about, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"Corrupt trigger file {path} ({error}). Delete it and attack again.") from error
+        arrays, about = read_safetensors(path, "trigger", "attack again")
         if "cases" not in about:
             raise OSError(f"{path} holds no triggers.")
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         recorded = {int(k.split()[1]): v for k, v in tensors.items() if k.startswith("recorded ")}
         return cls(tensors["prompt_embeds"], tensors["losses"], json.loads(about["cases"]), recorded)
 
@@ -287,9 +270,7 @@ def _losses(pipe, clean, embeds, draws):
 
 def _draws(pipe, generator, count):
     """Noise (count, C, H, W) and timesteps (count,) from the case's own generator, on the pipeline's device."""
-    size = pipe.unet.config.sample_size
-    shape = (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    noise = torch.randn((count, *shape), generator=generator)
+    noise = torch.randn((count, pipe.unet.config.in_channels, *latent_size(pipe)), generator=generator)
     timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (count,), generator=generator)
     return noise.to(pipe.unet.device), timesteps.to(pipe.unet.device)
 

@@ -25,6 +25,7 @@ from .generation import generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, memorization_rate
 from .models import model_hash
 from .similarity import TRANSFORMS, load_sscd
+from .store import canonical_json
 
 
 def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[list[Image.Image]]:
@@ -268,10 +269,10 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
         case = {"target": target.id, "prompt": target.prompt, "image": _hash(pixels), "edit": fingerprints[edit]}
         case |= {"seed": seed, "start": None if starts is None else _hash(starts[i])}
         cases.append(key | case)
-        by_case[json.dumps(key | case, sort_keys=True)] = i
+        by_case[canonical_json(key | case)] = i
 
     def compute(chosen: list[dict]) -> list[dict]:
-        numbers = [by_case[json.dumps(case, sort_keys=True)] for case in chosen]
+        numbers = [by_case[canonical_json(case)] for case in chosen]
         own = {"edits": [edits[i] for i in numbers], "seeds": [seeds[i] for i in numbers]}
         own["starts"] = None if starts is None else starts[numbers]
         found = attack(pipe, [targets[i] for i in numbers], config, rows=rows, **own, **kwargs)
@@ -324,10 +325,11 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.D
             len(captions), len(preset.seeds), -1
         )
 
-    plain = np.einsum("csd,cd->c", embedded(), texts) / len(preset.seeds)
+    without = embedded()
+    plain = np.einsum("csd,cd->c", without, texts) / len(preset.seeds)
     for name, edit in edits.items():
         each = edit if isinstance(edit, list | tuple) else [edit]
-        features = embedded([each[i % len(each)] for i in range(len(captions))])
+        features = without if edit is None else embedded([each[i % len(each)] for i in range(len(captions))])
         ours = np.einsum("csd,cd->c", features, texts) / len(preset.seeds)
         low, high = bootstrap_interval(ours - plain)
         row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean(), "low": low, "high": high}

@@ -113,15 +113,9 @@ class Edit:
 
     def save(self, path):
         """Write a safetensors file. The file is written whole or not at all."""
-        from safetensors.numpy import save_file
-
-        path, arrays = Path(path), self.to_arrays()
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            save_file(arrays, part, metadata={"edit": str(arrays.pop("about"))})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        arrays = self.to_arrays()
+        about = str(arrays.pop("about"))
+        write_safetensors(path, arrays, {"edit": about})
 
     @classmethod
     def load(cls, path):
@@ -130,19 +124,36 @@ class Edit:
         Raises:
             OSError: the file is missing or damaged, or is no edit.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="np") as file:
-                about = (file.metadata() or {}).get("edit")
-                arrays = {key: file.get_tensor(key) for key in file.keys()}
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"Corrupt edit file {path} ({error}). Delete it and make the edit again.") from error
-        if about is None:
+        arrays, about = read_safetensors(path, "edit", "make the edit again")
+        if "edit" not in about:
             raise OSError(f"{path} holds weights, but no edit. Edit.between makes one of a whole U-Net.")
-        return cls.from_arrays({"about": about, **arrays})
+        return cls.from_arrays({"about": about["edit"], **arrays})
+
+
+def write_safetensors(path, arrays, metadata):
+    """Write named arrays and texts about them to a file, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        save_file(arrays, part, metadata=metadata)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_safetensors(path, what, remedy):
+    """Named arrays and the texts about them; an `OSError` with the remedy if the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"Corrupt {what} file {path} ({error}). Delete it and {remedy}.") from error
 
 
 @contextmanager

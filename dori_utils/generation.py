@@ -175,7 +175,7 @@ def encode_images(pipe, images):
     Images of another size are resized to the model's. Where the VAE gives a distribution, this is its mean: training
     draws from it, but its spread is small beside the noise that follows.
     """
-    height, width = [side * pipe.vae_scale_factor for side in _latent_size(pipe)]
+    height, width = [side * pipe.vae_scale_factor for side in latent_size(pipe)]
     latents = []
     for image in images:
         pixels = pipe.image_processor.preprocess(image.convert("RGB"), height, width)  # (1, 3, H, W) in [-1, 1]
@@ -230,18 +230,19 @@ def _generators(seeds):
 
 def _noise(pipe, generators):
     # float32 first: in float16 the generator would give other noise for the same seed.
-    shape = (pipe.unet.config.in_channels, *_latent_size(pipe))
+    shape = (pipe.unet.config.in_channels, *latent_size(pipe))
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (N, C, H, W)
     return noise.to(pipe.unet.device, pipe.unet.dtype)
 
 
-def _latent_size(pipe):
+def latent_size(pipe):
+    """Height and width of a latent."""
     size = pipe.unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _default_batch_size(pipe):
-    height, width = _latent_size(pipe)
+    height, width = latent_size(pipe)
     device = pipe.unet.device
     if device.type != "cuda":
         return max(1, LATENT_PIXELS_PER_CPU_BATCH // (height * width))

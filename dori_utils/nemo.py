@@ -206,9 +206,8 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
     layers, base = value_layers(pipe.unet, config.layers), base_hash(pipe)
     _check_statistics(base, layers, statistics)
     judge = _Judge(pipe, [target.prompt for target in targets], layers, statistics.tau, config, batch_size)
-    memorized = [i for i in range(len(targets)) if judge.counted[i]]
     searches = {}
-    for i in memorized:
+    for i in (i for i, seeds in enumerate(judge.counted) if seeds):
         report = partial(_report, callback, targets[i].id)
         rounds = _rounds(pipe, targets[i].prompt, layers, statistics, config)
         searches[i] = _search(rounds, layers, judge.counted[i], statistics.tau, config.margin, report)
@@ -236,12 +235,12 @@ def localize_one_by_one(pipe, target, statistics, config=None, *, callback=None)
     It is there to compare with: the same decisions, up to rounding and `Config.margin`, in more time.
     """
     config = config or Config()
-    layers = value_layers(pipe.unet, config.layers)
-    _check_statistics(base_hash(pipe), layers, statistics)
+    layers, base = value_layers(pipe.unet, config.layers), base_hash(pipe)
+    _check_statistics(base, layers, statistics)
     judge = _Judge(pipe, [target.prompt], layers, statistics.tau, config, len(config.seeds))
     seeds, rounds = judge.counted[0], _rounds(pipe, target.prompt, layers, statistics, config)
     if not seeds:
-        return _edit(base_hash(pipe), target, torch.zeros_like(rounds[0]), layers, statistics, config)
+        return _edit(base, target, torch.zeros_like(rounds[0]), layers, statistics, config)
     search = _search(rounds, layers, seeds, statistics.tau, math.inf, partial(_report, callback, target.id))
     embeds, latest, no_slopes = judge.embeds.expand(len(seeds), -1, -1), None, torch.zeros(len(rounds[0]))
     asked = next(search)
@@ -254,7 +253,7 @@ def localize_one_by_one(pipe, target, statistics, config=None, *, callback=None)
                 scores = _finite(judge.compare(maps, judge.unblocked[0, seeds])).cpu()
             asked = search.send((scores[[seeds.index(seed) for seed in asked.seeds]], no_slopes, 1))
     except StopIteration as end:
-        return _edit(base_hash(pipe), target, end.value, layers, statistics, config)
+        return _edit(base, target, end.value, layers, statistics, config)
 
 
 def neurons(edit):
@@ -330,9 +329,7 @@ def _row(output, number):
 class _Request(NamedTuple):
     sets: torch.Tensor  # (R, neurons)
     seeds: list[int]  # R, one for each set
-    base: torch.Tensor | None = (
-        None  # (neurons,), a set that this and many later requests share their first layers with
-    )
+    base: torch.Tensor | None = None  # (neurons,), a set that many requests share their first layers with
     slopes_below: float | None = None  # slopes are wanted if every score is below this
 
 
