@@ -24,6 +24,8 @@ class Preset:
     nemo: nemo.Config  # detection by first-step similarity takes `similarity` and `second_timestep` from it
     wanda: wanda.Config
     attack: AttackConfig  # DoRI
+    long_attack: AttackConfig  # on images that the model has never seen: when does it find those?
+    long_controls: int  # how many of those
 
     @property
     def sampling(self) -> dict:
@@ -50,7 +52,9 @@ PRESETS = {
             second_timestep=True,
         ),
         wanda=wanda.Config(sparsity=0.02, num_inference_steps=25, guidance_scale=3.0),
-        attack=AttackConfig(record=(0, 1, 10, 25, 50)),  # the paper's settings, and the steps of its figure
+        attack=AttackConfig(record=(1, 10, 25, 50)),  # the paper's settings, and the steps of its figure
+        long_attack=AttackConfig(steps=500, record=(50, 100, 200, 500)),
+        long_controls=8,  # minutes on two cores
     ),
     "smoke": Preset(  # whether everything runs: three steps and two seeds give pictures of nothing
         model="testbed",
@@ -63,7 +67,9 @@ PRESETS = {
         # At the first timestep: nothing is alike between two seeds at the second of three.
         nemo=nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=3),
         wanda=wanda.Config(steps=2, num_inference_steps=3, guidance_scale=3.0),
-        attack=AttackConfig(steps=2, batch_size=2, record=(0, 1, 2)),
+        attack=AttackConfig(steps=2, batch_size=2, record=(1, 2)),
+        long_attack=AttackConfig(steps=3, batch_size=2, record=(2, 3)),
+        long_controls=2,
     ),
     "paper": Preset(
         model="sd14",
@@ -75,6 +81,8 @@ PRESETS = {
         pruned_targets=500,
         nemo=nemo.Config(),
         wanda=wanda.Config(),
-        attack=AttackConfig(record=(0, 1, 10, 25, 50)),
+        attack=AttackConfig(record=(1, 10, 25, 50)),
+        long_attack=AttackConfig(steps=500, record=(50, 100, 200, 500)),
+        long_controls=500,
     ),
 }
