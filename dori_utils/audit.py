@@ -206,10 +206,7 @@ def audit(
     sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
     settings = (preset, store, sscd, clip, attack)
     for name, edit in (edits or {"none": None}).items():
-        each = None if edit is None else _one_for_each(edit, targets, name)
-        if each is not None:
-            each += [each[i % len(each)] for i in range(len(controls))]
-        rows += _audited(pipe, everyone, name, each, *settings)
+        rows += _audited(pipe, everyone, name, edit_of_each(edit, targets, controls, name), *settings)
     if control_pipe is not None:
         rows += _audited(control_pipe, targets, "control model", None, *settings)
     table = pd.DataFrame(rows)
@@ -339,11 +336,14 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.D
     return table
 
 
-def _one_for_each(edit, targets, name) -> list:
+def edit_of_each(edit, targets, controls=(), name="edits") -> list[Edit] | None:
+    """The edit for each of the targets and then the controls, from what `audit` takes; None: nobody has one."""
+    if edit is None:
+        return None
     each = list(edit) if isinstance(edit, list | tuple) else [edit] * len(targets)
     if len(each) != len(targets):
         raise ValueError(f"{name}: {len(each)} edits for {len(targets)} targets. Give one for each, or one for all.")
-    return each
+    return each + [each[i % len(each)] for i in range(len(controls))]
 
 
 def cached_edits(localize_each, pipe, targets, config, store, **kwargs) -> list[Edit]:
@@ -389,11 +389,14 @@ def scores_by_target(rows: pd.DataFrame) -> np.ndarray:
 
 
 def summarize(rows: pd.DataFrame, by: str | list[str] = "kind") -> pd.DataFrame:
-    """One row for each group of targets: how many, mean SSCD_Orig, MR and both with 95% intervals."""
+    """One row for each group of targets: how many, mean SSCD_Orig, MR and both with 95% intervals.
+
+    One target has a mean without an interval (NaN).
+    """
     groups = []
     for name, group in rows.groupby(by, sort=False):
         scores = scores_by_target(group)
-        low, high = bootstrap_interval(scores.mean(axis=1))
+        low, high = bootstrap_interval(scores.mean(axis=1)) if len(scores) > 1 else (np.nan, np.nan)
         names = dict(zip([by] if isinstance(by, str) else by, np.atleast_1d(np.array(name, dtype=object)), strict=True))
         mean = {"sscd": scores.mean(), "sscd_low": low, "sscd_high": high}
         groups.append(names | mean | asdict(memorization_rate(scores)))

@@ -73,6 +73,30 @@ def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=N
     return pipe.to(device)
 
 
+def load_unet(folder, *, dtype=None):
+    """Load a U-Net alone, such as someone's edited one, from its own folder or from that of a pipeline.
+
+    Args:
+        folder: in diffusers' layout; or a pipeline's, of which the other parts are not looked at.
+        dtype: of the weights; default: float32.
+
+    Raises:
+        FileNotFoundError: no U-Net there.
+        OSError: a file that cannot be read.
+    """
+    from diffusers import UNet2DConditionModel
+
+    folder = Path(folder).expanduser()
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no U-Net: a config.json and weights *.safetensors. Check the path.")
+    for file in files:
+        _check_safetensors(file)
+    unet = _from_pretrained(UNet2DConditionModel, folder)
+    return unet.to(dtype or torch.float32).eval().requires_grad_(False)
+
+
 def default_device():
     """The best device that there is: CUDA, else MPS (Apple), else CPU."""
     if torch.cuda.is_available():
@@ -180,13 +204,18 @@ def _load_part(folder, part, dtype):
     library, class_name = json.loads((folder / "model_index.json").read_text())[part]
     if library not in ("diffusers", "transformers"):
         raise ValueError(f"its {part} needs code of {library!r}, which is not run")
-    model_class = getattr(importlib.import_module(library), class_name)
-    model, report = model_class.from_pretrained(
-        folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    if report["missing_keys"]:
-        raise ValueError(f"weights are missing from {folder / part}: {', '.join(sorted(report['missing_keys'])[:3])}")
+    model = _from_pretrained(getattr(importlib.import_module(library), class_name), folder / part)
     return model.to(dtype)  # not at loading: diffusers calls that torch_dtype or dtype, depending on its version
+
+
+def _from_pretrained(model_class, folder):
+    with _quiet():
+        model, report = model_class.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        raise ValueError(f"weights are missing from {folder}: {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model
 
 
 @contextmanager

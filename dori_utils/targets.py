@@ -1,10 +1,10 @@
 """Targets: the images to look for in a model, each with the prompt that may trigger it.
 
-Two sources. `load_targets("testbed")` reads what the bundled model was trained on, with the number of times it saw
+Three sources. `load_targets("testbed")` reads what the bundled model was trained on, with the number of times it saw
 each image. `load_targets("sd14")` reads the prompts that Stable Diffusion v1.4 is known to have memorized, 500 of Wen
 et al. (2024), found with the extraction of Webster (2023), and 500 that it has not; the lists are those of NeMo
 (Hintersdorf et al., NeurIPS 2024). Their images live on the web, many no longer: `download_targets` fetches what is
-left, once, and writes down what is gone and why.
+left, once, and writes down what is gone and why. `read_targets` reads a table of one's own.
 
 Kinds: "VM" verbatim-memorized and "TM" template-memorized prompts; "control" not memorized (in the testbed: never
 trained on); only in the testbed, "ladder" images at falling duplication counts and "once" seen a single time.
@@ -96,6 +96,36 @@ def load_targets(name="testbed", *, kind=None, folder=None):
         if kind not in kinds:
             raise ValueError(f"{name} has no targets of kind {kind!r}; its kinds: {', '.join(kinds)}.")
         table = table[table["kind"] == kind]
+    return [_to_target(row) for row in table.to_dict("records")]
+
+
+def read_targets(path):
+    """Targets of one's own from a table: CSV with the columns prompt and image, a file beside the table.
+
+    Optional columns: id (default: the image's file name), kind (default "target"), duplicates.
+
+    Returns:
+        A list of `Target`, images RGB.
+
+    Raises:
+        ValueError: a column or a value is missing, or two targets have one id.
+        OSError: a table or image that is not there or cannot be read.
+    """
+    path = Path(path)
+    try:
+        table = pd.read_csv(path, dtype={"id": str, "prompt": str, "image": str})
+    except (ValueError, OSError) as error:
+        raise OSError(f"Cannot read the targets in {path} ({error}). Give a CSV: prompt,image.") from error
+    if missing := {"prompt", "image"} - set(table):
+        raise ValueError(f"{path} has no column {' and no '.join(sorted(missing))}; it has {', '.join(table)}.")
+    empty = table[["prompt", "image"]].isna().any(axis=1)
+    if empty.any():
+        raise ValueError(f"{path} has no prompt or no image in row {empty.argmax() + 1}.")
+    ids = table["id"] if "id" in table else table["image"].map(lambda name: Path(name).stem)
+    if ids.duplicated().any():
+        raise ValueError(f"{path} has the id {ids[ids.duplicated()].iloc[0]!r} twice.")
+    kinds = table["kind"] if "kind" in table else "target"
+    table = table.assign(id=ids, kind=kinds, file=[path.parent / name for name in table["image"]], image=None)
     return [_to_target(row) for row in table.to_dict("records")]
 
 
