@@ -44,11 +44,22 @@ def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embe
 def cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits=None, prompt_embeds=None) -> np.ndarray:
     """SSCD features (N, S, D) of what `cached_generate` gives for the same arguments, also one case for each prompt."""
     config = {"what": "SSCD", "sscd": sscd.name, "transform": repr(TRANSFORMS[preset.sscd_transform])}
+    embed_rows = partial(sscd.embed_rows, transform=preset.sscd_transform, progress=False)
+    return _cached_features(config, embed_rows, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+
+
+def cached_clip_embeddings(pipe, prompts, seeds, preset, store, clip, edits=None, prompt_embeds=None) -> np.ndarray:
+    """CLIP's features (N, S, D) of the same images."""
+    config = {"what": "CLIP", "clip": clip.fingerprint}
+    return _cached_features(config, clip.embed_rows, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+
+
+def _cached_features(config, embed_rows, pipe, prompts, seeds, preset, store, edits, prompt_embeds) -> np.ndarray:
     cases, inputs = _cases(prompts, seeds, preset, edits, prompt_embeds)
 
     def compute(cases: list[dict]) -> list[dict]:
         images = cached_generate(pipe, seeds=seeds, preset=preset, store=store, **inputs(cases))
-        return [{"features": row} for row in sscd.embed_rows(images, preset.sscd_transform, progress=False)]
+        return [{"features": row} for row in embed_rows(images)]
 
     results = _timed_cases(pipe, [case | config for case in cases], compute, store)
     return np.stack([result["features"] for result in results])
@@ -239,8 +250,8 @@ def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config) -> l
             "d_sscd": np.einsum("nsd,nsd->ns", ours, others) / (len(seeds) - 1 or np.nan),
         }
         if clip is not None:
-            images = cached_generate(pipe, prompts, seeds, preset, store, edits, prompt_embeds)
-            scores["alignment"] = _alignments(images, texts, clip)
+            ours = cached_clip_embeddings(pipe, prompts, seeds, preset, store, clip, edits, prompt_embeds)
+            scores["alignment"] = np.einsum("nsd,nd->ns", ours, texts)
         for i, target in enumerate(targets):
             about = {"mitigation": name, "target": target.id, "prompt": target.prompt, "kind": target.kind}
             about |= {"duplicates": target.duplicates, "attack": attacked, "steps": steps}
@@ -295,11 +306,6 @@ def _trigger_arrays(found: Triggers) -> dict:
     }
 
 
-def _alignments(images, texts, clip) -> np.ndarray:
-    """A_CLIP (N, S) of N lists of S images with N captions' embeddings (N, D)."""
-    return np.stack([clip.embed_images(row) @ text for row, text in zip(images, texts, strict=True)])
-
-
 def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.DataFrame:
     """What mitigations cost prompts that nobody wanted changed.
 
@@ -317,10 +323,7 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.D
     real, texts, rows = clip.embed_images(reference), clip.embed_texts(captions), []
 
     def embedded(each=None):  # (C, S, D)
-        images = cached_generate(pipe, captions, preset.seeds, preset, store, each)
-        return clip.embed_images([image for row in images for image in row]).reshape(
-            len(captions), len(preset.seeds), -1
-        )
+        return cached_clip_embeddings(pipe, captions, preset.seeds, preset, store, clip, each)
 
     without = embedded()
     plain = np.einsum("csd,cd->c", without, texts) / len(preset.seeds)

@@ -10,7 +10,9 @@
 Shapes: N targets or prompts, S seeds, D features.
 """
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,11 @@ class CLIP:
             self.model.get_image_features(batch.to(self.model.device, self.model.dtype)) for batch in pixels
         )
 
+    def embed_rows(self, images):
+        """N lists of S PIL images, as `generate` returns them, to (N, S, D) float32."""
+        rows = self.embed_images([image for row in images for image in row])
+        return rows.reshape(len(images), len(images[0]), -1)  # (N * S, D) → (N, S, D)
+
     @torch.inference_mode()
     def embed_texts(self, captions, batch_size=256):
         """N captions to (N, D) float32.
@@ -109,6 +116,14 @@ class CLIP:
         return self._unit_rows(
             self.model.get_text_features(input_ids=ids, attention_mask=mask) for ids, mask in batches
         )
+
+    @cached_property
+    def fingerprint(self):
+        """16 hex characters that change with any weight, and with how images are prepared."""
+        digest = hashlib.sha256(self.image_processor.to_json_string().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _unit_rows(self, outputs):
         rows = torch.cat([output.pooler_output for output in outputs]).float()

@@ -1,5 +1,6 @@
 """The audit: tidy rows from a pipeline and targets, computed once, and what is read off them."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -15,6 +16,7 @@ from dori_utils.attack import AttackConfig, attack
 from dori_utils.audit import (
     audit,
     cached_attack,
+    cached_clip_embeddings,
     cached_edits,
     cached_embeddings,
     cached_generate,
@@ -147,6 +149,19 @@ def test_features_are_kept_apart_by_edit_and_need_no_second_generation(tiny_test
             path.unlink()
     assert (cached_embeddings(tiny_testbed, prompts, *arguments, sscd, [half, None]) == features).all()
     assert not any("images" in np.load(path) for path in store.folder.glob("*.npz"))
+
+
+def test_clip_features_are_kept_and_belong_to_their_clip(tiny_testbed, store, clip):
+    prompts, arguments = ["a cat", "a dog"], (PRESET.seeds, PRESET, store)
+    features = cached_clip_embeddings(tiny_testbed, prompts, *arguments, clip)
+    images = cached_generate(tiny_testbed, prompts, *arguments)
+    assert features.shape[:2] == (2, 2) and features == pytest.approx(clip.embed_rows(images), abs=1e-6)
+    cases = len(list(store.folder.glob("*.npz")))
+    cached_clip_embeddings(tiny_testbed, prompts, *arguments, clip)
+    other = dataclasses.replace(clip, model=copy.deepcopy(clip.model))
+    other.model.visual_projection.weight.mul_(-1)
+    assert (cached_clip_embeddings(tiny_testbed, prompts, *arguments, other) == -features).all()
+    assert len(list(store.folder.glob("*.npz"))) == cases + 2
 
 
 def test_another_sampler_or_judge_is_another_case(tiny_testbed, store):
