@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help figures test test-fast lint lab scorecard
+.PHONY: help figures test test-fast lint lab scorecard bench
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -30,6 +30,9 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 
 scorecard: $(STAMP) ## measure every bar and write figures/scorecard.json
 	$(BIN)/python -m dori_utils.scorecard
+
+bench: $(STAMP) ## measure the speed bars alone: ratios, each of two things in one run
+	$(BIN)/python -m dori_utils.scorecard speed
 
 # Made once, and again when what it depends on changes. The last pip call matters on Python 3.11 alone: see pyproject.toml.
 $(STAMP): pyproject.toml constraints.txt

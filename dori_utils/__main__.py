@@ -63,8 +63,7 @@ def _audit(options):
     targets = _targets(options.targets, "VM")[: options.limit]
     controls = _targets(options.controls, "control")[: options.limit or len(targets)]
     pipe = load_pipeline(options.model)
-    edits = {"original": None} | dict(_edits(pipe, options))
-    return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, edits)
+    return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, _edits(pipe, options))
 
 
 def _targets(where, kind):
@@ -79,14 +78,20 @@ def _targets(where, kind):
 
 
 def _edits(pipe, options):
-    """Name and `Edit` of each U-Net and each edit file."""
+    """The name and `Edit` of each edit file and each U-Net, after the model as it is."""
     from .edits import Edit
     from .models import load_unet
 
-    for path in options.edit:
-        yield path.stem, Edit.load(path)
-    for path in options.unet:
-        yield path.name, Edit.between(pipe, load_unet(path), method=path.name)
+    edits = {"original": None}
+    for path in [*options.edit, *options.unet]:
+        name = path.resolve().parent.name if path.name == "unet" else path.stem if path.is_file() else path.name
+        if name in edits:
+            raise ValueError(f"Two mitigations are called {name!r}. Rename one of the files or folders.")
+        if path in options.edit:
+            edits[name] = Edit.load(path)
+        else:
+            edits[name] = Edit.between(pipe, load_unet(path, dtype=pipe.unet.dtype), method=name)
+    return edits
 
 
 if __name__ == "__main__":

@@ -190,6 +190,7 @@ def audit(
     attack: AttackConfig | None = None,
     controls=(),
     control_pipe=None,
+    starts=None,
 ) -> pd.DataFrame:
     """Generate every target's prompt, under every mitigation, and compare with its image; then attack, and again.
 
@@ -202,6 +203,8 @@ def audit(
             number i % K.
         control_pipe: another pipeline, such as a twin that has never seen the targets, to generate and attack the same
             targets in; its mitigation is called "control model".
+        starts: embeddings (N, T, D), one for each target and then each control, that the attack starts from instead of
+            `attack.start`; only without `control_pipe`, which has embeddings of its own.
 
     Returns:
         Rows (mitigation, target, prompt, kind, duplicates, attack, steps, seed, sscd, sscd_gen, d_sscd, alignment).
@@ -215,7 +218,7 @@ def audit(
         ValueError: a list of edits that is not as long as the targets.
     """
     sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
-    settings = (preset, store, sscd, clip, attack)
+    settings = (preset, store, sscd, clip, attack, starts)
     for name, edit in (edits or {"none": None}).items():
         rows += _audited(pipe, everyone, name, edit_of_each(edit, targets, controls, name), *settings)
     if control_pipe is not None:
@@ -223,13 +226,14 @@ def audit(
     table = pd.DataFrame(rows)
     table.attrs = provenance(pipe, preset, sscd, clip)
     if attack is not None:
-        table.attrs["attack"] = " ".join(f"{key}={value}" for key, value in asdict(attack).items())
+        about = asdict(attack) if starts is None else asdict(attack) | {"start": "given"}
+        table.attrs["attack"] = " ".join(f"{key}={value}" for key, value in about.items())
     if control_pipe is not None:
         table.attrs["control weights"] = model_hash(control_pipe)
     return table
 
 
-def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config) -> list[dict]:
+def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config, starts) -> list[dict]:
     """Rows of one mitigation: under the prompts, and under what DoRI found after so many steps."""
     prompts, seeds = [target.prompt for target in targets], preset.seeds
     plain = cached_embeddings(pipe, prompts, seeds, preset, store, sscd)  # (N, S, D)
@@ -237,7 +241,7 @@ def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config) -> l
     texts = None if clip is None else clip.embed_texts(prompts)
     embeddings = {("none", 0): None}
     if config is not None:
-        found = cached_attack(pipe, targets, config, store, edits)
+        found = cached_attack(pipe, targets, config, store, edits, starts)
         by_step = found.recorded | {config.steps: found.prompt_embeds}
         embeddings |= {("DoRI", step): of_step for step, of_step in sorted(by_step.items())}
     rows = []

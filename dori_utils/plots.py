@@ -108,13 +108,17 @@ def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
         raise ValueError(f"{name!r} is no plain name: the folder is {figures_folder()}, the endings are added here")
     picture = io.BytesIO()
     fig.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
-    has_index = not isinstance(table.index, pd.RangeIndex)
-    made_by = "".join(f"# {key}: {value}\n" for key, value in table.attrs.items())
-    numbers = made_by + table.to_csv(index=has_index, float_format="%.6g", lineterminator="\n")
     folder = figures_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{name}.csv", numbers.encode())
+    _replace(folder / f"{name}.csv", csv_text(table).encode())
     return _replace(folder / f"{name}.png", picture.getvalue())
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, with its index if that means something, and its `attrs` as lines with a # in front."""
+    has_index = not isinstance(table.index, pd.RangeIndex)
+    made_by = "".join(f"# {key}: {value}\n" for key, value in table.attrs.items())
+    return made_by + table.to_csv(index=has_index, float_format="%.6g", lineterminator="\n")
 
 
 def _replace(path: Path, content: bytes) -> Path:

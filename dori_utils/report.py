@@ -26,7 +26,7 @@ from PIL import Image
 from .attack import REPLAY
 from .audit import audit, cached_attack, cached_generate, edit_of_each, summarize
 from .metrics import THRESHOLD, share_interval
-from .plots import DPI, MITIGATIONS, PAGE, curve_with_interval, use_style
+from .plots import DPI, MITIGATIONS, PAGE, csv_text, curve_with_interval, use_style
 from .similarity import load_sscd
 
 THUMBNAIL = 160  # pixels, the longer side of a picture in the report
@@ -72,9 +72,9 @@ def write_report(folder, pipe, targets, controls, preset, store, attack, edits=N
 
 def write_tables(folder, rows):
     """rows.csv, table.csv and verdicts.csv; lines with a # in front say what made them."""
-    made_by = "".join(f"# {key}: {value}\n" for key, value in rows.attrs.items())
     for name, table in (("rows", rows), ("table", settings_table(rows)), ("verdicts", verdicts(rows))):
-        (folder / f"{name}.csv").write_text(made_by + table.to_csv(index=False, float_format="%.6g"), encoding="utf-8")
+        table.attrs = rows.attrs
+        (folder / f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
 
 
 def settings_table(rows):

@@ -11,12 +11,14 @@ seeds and settings; times are taken fresh, so let nothing else run.
 import datetime
 import functools
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,9 @@ import torch
 from PIL import Image
 
 from . import metrics, nemo, wanda
+from .attack import attack
 from .audit import audit, cached_edits, cached_generate, ordinary_cost, scores_by_target
+from .edits import known_base
 from .generation import decode, denoise, encode_prompts, generate, initial_latents
 from .models import TESTBED, load_pipeline
 from .plots import figures_folder
@@ -199,6 +203,100 @@ def wanda_overhead():
     return ours / plain, f"{ours:.2f} s against {plain:.2f} s"
 
 
+@functools.cache
+def attacked(mitigation: str, start: str = "prompt"):
+    """Rows of `audit` with DoRI of the preset's VM targets; from the prompts, also of as many controls."""
+    vm, controls = (load_targets("testbed", kind=kind)[: PRESET.pruned_targets] for kind in ("VM", "control"))
+    edits = {mitigation: None if mitigation == "original" else pruned(mitigation)}
+    if start == "prompt":
+        return audit(pipe(), vm, PRESET, default_store(), edits=edits, attack=PRESET.attack, controls=controls)
+    others = encode_prompts(pipe(), [control.prompt for control in controls]) if start == "other prompts" else None
+    config = replace(PRESET.attack, start="prompt" if start == "other prompts" else start, record=())
+    return audit(pipe(), vm, PRESET, default_store(), edits=edits, attack=config, starts=others)
+
+
+def of_attack(rows, kind: str, attack: str = "DoRI"):
+    """Scores (targets, seeds) of the prompts, or of the triggers after the last step."""
+    last = PRESET.attack.steps if attack == "DoRI" else 0
+    return scores_by_target(rows[(rows["kind"] == kind) & (rows["attack"] == attack) & (rows["steps"] == last)])
+
+
+def described(scores):
+    mr, low_high = metrics.memorization_rate(scores), metrics.bootstrap_interval(scores.mean(axis=1))
+    return (
+        f"SSCD_Orig {scores.mean():.3f} ± {scores.std():.3f} (95% {low_high[0]:.3f} to {low_high[1]:.3f}), "
+        f"MR {mr.rate:.3f} (95% {mr.low:.3f} to {mr.high:.3f}), n {mr.targets}"
+    )
+
+
+def gain(method: str):
+    """How far DoRI lifts MR above that of the prompts, under a mitigation."""
+    rows = attacked(method)
+    before, after, control = of_attack(rows, "VM", "none"), of_attack(rows, "VM"), of_attack(rows, "control")
+    rise = metrics.memorization_rate(after).rate - metrics.memorization_rate(before).rate
+    return rise, f"prompts: {described(before)}; DoRI: {described(after)}; control + DoRI: {described(control)}"
+
+
+def control_rate():
+    rows = attacked("original")
+    after = of_attack(rows, "control")
+    return metrics.memorization_rate(
+        after
+    ).rate, f"{described(after)}; prompts: {described(of_attack(rows, 'control', 'none'))}"
+
+
+def from_start(start: str):
+    """MR of triggers from another start, less that of triggers from the prompts, without any mitigation."""
+    ours, prompts = of_attack(attacked("original", start), "VM"), of_attack(attacked("original"), "VM")
+    rise = metrics.memorization_rate(ours).rate - metrics.memorization_rate(prompts).rate
+    return rise, f"{described(ours)}; from the prompts: {described(prompts)}"
+
+
+def attack_throughput():
+    """Seconds of the attack on 16 targets one at a time over those on all together."""
+    vm, config = load_targets("testbed", kind="VM")[:16], replace(PRESET.attack, steps=3, record=())
+    with known_base(pipe()):
+        together, one = paired_seconds(
+            lambda: attack(pipe(), vm, config, progress=False),
+            lambda: [attack(pipe(), [target], config, progress=False) for target in vm],
+        )
+    remark = f"{together / 48:.3f} s a target and step against {one / 48:.3f} s"
+    return one / together, f"{remark}; {torch.get_num_threads()} threads: on so few, rows gain little from company"
+
+
+def attack_overhead():
+    """Seconds of the attack over those of its U-Net's forward and backward passes on batches of the same size."""
+    vm, config = load_targets("testbed", kind="VM")[:12], replace(PRESET.attack, steps=5, record=())
+    embeds = encode_prompts(pipe(), [t.prompt for t in vm]).repeat(config.batch_size, 1, 1).requires_grad_()
+    noisy, timesteps = initial_latents(pipe(), range(len(embeds))), torch.arange(len(embeds)) * 10
+
+    def bare():
+        for _ in range(config.steps):
+            output = pipe().unet(noisy, timesteps, encoder_hidden_states=embeds).sample
+            torch.autograd.grad(output.square().mean(), embeds)
+
+    with known_base(pipe()):
+        ours, passes = paired_seconds(lambda: attack(pipe(), vm, config, progress=False), bare)
+    return ours / passes, f"{ours:.2f} s against {passes:.2f} s, {len(vm)} targets, {config.steps} steps"
+
+
+def attack_memory():
+    """Peak memory of a process that attacks for 20 steps over that of one that attacks for 2."""
+    peaks = []
+    for steps in (2, 20):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            peaks.append(process.submit(peak_memory_of_attack, steps).result())
+    return peaks[1] / peaks[0], f"{peaks[1]:.0f} MB against {peaks[0]:.0f} MB, 4 targets"
+
+
+def peak_memory_of_attack(steps: int):
+    """MB that this process has used at most, after an attack of so many steps."""
+    import resource
+
+    attack(pipe(), load_targets("testbed", kind="VM")[:4], replace(PRESET.attack, steps=steps, record=()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def weights_megabytes():
     return sum(f.stat().st_size for f in TESTBED.rglob("*.safetensors")) / 1e6
 
@@ -212,6 +310,17 @@ def seconds(run: Callable[[], object], repeats: int = 3) -> float:
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def paired_seconds(*runs: Callable[[], object], repeats: int = 2) -> list[float]:
+    """The shortest time of each, taken in turns, so that what else the machine does falls on all of them."""
+    times = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, own in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - start)
+    return [min(own) for own in times]
 
 
 def seconds_per_image():
@@ -275,8 +384,16 @@ BARS = (
     Bar("batch of 1 against 16, pixel levels", "<=", 1, batch_size_matters),
     Bar("NeMo, MR under the prompts", "<=", 0.25, lambda: pruned_rate("NeMo")),
     Bar("Wanda, MR under the prompts", "<=", 0.25, lambda: pruned_rate("Wanda")),
-    Bar("NeMo, times faster than one set at a time", ">=", 10, nemo_speedup),
-    Bar("Wanda, time over plain denoising steps", "<=", 1.3, wanda_overhead),
+    Bar("NeMo + DoRI, MR above that of the prompts", ">=", 0.5, lambda: gain("NeMo")),
+    Bar("Wanda + DoRI, MR above that of the prompts", ">=", 0.5, lambda: gain("Wanda")),
+    Bar("control + DoRI, MR", "<=", 0.05, control_rate),
+    Bar("DoRI from N(0, I), MR above that from the prompts", ">=", 0, lambda: from_start("noise")),
+    Bar("DoRI from other prompts, MR above that from the prompts", ">=", 0, lambda: from_start("other prompts")),
+    Bar("speed: DoRI, 16 targets over one at a time, times", ">=", 3, attack_throughput),
+    Bar("speed: DoRI, time over its bare U-Net passes", "<=", 1.15, attack_overhead),
+    Bar("speed: DoRI, peak memory of 20 steps over 2", "<=", 1.05, attack_memory),
+    Bar("speed: NeMo over one set at a time, times", ">=", 10, nemo_speedup),
+    Bar("speed: Wanda, time over plain denoising steps", "<=", 1.3, wanda_overhead),
     Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
     Bar("fast tests, s", "<=", 120, lambda: command_seconds("pytest", "-q", "-m", "not slow")),
     Bar("whole suite, s", "<=", 900, lambda: command_seconds("pytest", "-q")),

@@ -26,7 +26,7 @@ from dori_utils.audit import (
     summarize,
 )
 from dori_utils.edits import Edit, applied
-from dori_utils.generation import generate
+from dori_utils.generation import encode_prompts, generate
 from dori_utils.metrics import clip_alignment, diversity
 from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
@@ -278,6 +278,19 @@ def test_attacks_add_rows_for_every_recorded_step_and_for_the_controls(tiny_test
     last = table[(table["mitigation"] == "Wanda") & (table["steps"] == 2)]
     assert np.allclose(scores_by_target(last), expected, atol=0.02)
     assert "steps=2" in table.attrs["attack"]
+
+
+def test_an_audit_attacks_from_the_starts_given(tiny_testbed, store):
+    targets = make_targets(tiny_testbed)[:2]
+    starts = encode_prompts(tiny_testbed, ["a guitar", "a violin"])
+    table = audit(tiny_testbed, targets, PRESET, store, attack=ATTACK, starts=starts)
+    found = attack(tiny_testbed, targets, ATTACK, starts=starts, progress=False)
+    images = generate(
+        tiny_testbed, prompt_embeds=found.prompt_embeds, seeds=PRESET.seeds, **PRESET.sampling, progress=False
+    )
+    expected = sscd_scores(images, [t.image for t in targets], transform=PRESET.sscd_transform)
+    assert np.allclose(scores_by_target(table[table["steps"] == 2]), expected, atol=0.02)
+    assert "start=given" in table.attrs["attack"]
 
 
 def test_an_attack_is_made_once(tiny_testbed, store, monkeypatch):

@@ -135,4 +135,8 @@ def test_the_command_says_what_is_missing(tiny_testbed_folder, own_images, capsy
     assert "Did you mean" in capsys.readouterr().err
     assert main(["audit", "--unet", str(own_images), "--limit", "1", *out]) == 1
     assert "holds no U-Net" in capsys.readouterr().err
+    pruned = own_images / "original.safetensors"
+    pruned.touch()
+    assert main(["audit", "--edit", str(pruned), "--limit", "1", *out]) == 1
+    assert "Two mitigations are called 'original'" in capsys.readouterr().err
     assert not (own_images / "out").exists()
