@@ -19,6 +19,7 @@ Shapes: N cases, B draws of a case at a step; T tokens and D channels of an embe
 
 import hashlib
 import json
+import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -158,21 +159,26 @@ def attack(
         start = config.start if starts is None else "given"
         with known_base(pipe) as base, _checkpointing(pipe.unet, checkpointing):
             cases = [_about(base, *case, start, config) for case in zip(targets, tried, edits, strict=True)]
-            group = max(1, rows // config.batch_size)
+            group = cases_together(len(targets), config, rows)
+            parts = [slice(first, first + group) for first in range(0, len(targets), group)]
             desc = "DoRI" if config.restarts == 1 else f"DoRI, attempt {attempt + 1} of {config.restarts}"
-            total = len(range(0, len(targets), group)) * config.steps
             found = []
-            with tqdm(total=total, desc=desc, disable=not progress) as bar:
-                for first in range(0, len(targets), group):
-                    part = slice(first, first + group)
+            with tqdm(total=len(parts) * config.steps, desc=desc, disable=not progress) as bar:
+                for part in parts:
                     group_of = [values[part] for values in (targets, edits, embeds, generators, cases)]
-                    found.append(_optimise(pipe, *group_of, config, first, stop, callback, bar.update))
+                    found.append(_optimise(pipe, *group_of, config, part.start, stop, callback, bar.update))
         attempts.append(_joined(found))
     found = attempts[0] if config.restarts == 1 else _best(pipe, attempts, targets, edits, config, rows)
     diverged = [f"{case['target']} at step {case['steps']}" for case in found.cases if case["stopped"] == "diverged"]
     if diverged:
         warnings.warn(f"The loss is no longer a number for {', '.join(diverged)}: try a smaller lr.", stacklevel=2)
     return found
+
+
+def cases_together(count, config, rows):
+    """How many of `count` cases go through the U-Net together: as many as `rows` allow, in batches of one size."""
+    most = max(1, rows // config.batch_size)
+    return math.ceil(count / math.ceil(count / most))
 
 
 def denoising_loss(pipe, latents, prompt_embeds, noise, timesteps):

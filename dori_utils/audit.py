@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from . import __version__
-from .attack import AttackConfig, Triggers, attack
+from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash
 from .generation import generate
@@ -290,7 +290,7 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
         found = attack(pipe, [targets[i] for i in numbers], config, rows=rows, **own, **kwargs)
         return [_trigger_arrays(found[[i]]) for i in range(len(found))]
 
-    results = store.map(cases, compute, batch_size=max(1, rows // config.batch_size), progress=False)
+    results = store.map(cases, compute, batch_size=cases_together(len(cases), config, rows), progress=False)
     return Triggers(
         torch.stack([torch.from_numpy(result["prompt_embeds"]) for result in results]),
         torch.stack([torch.from_numpy(result["losses"]) for result in results]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_utils.attack import REPLAY, AttackConfig, Triggers, attack, denoising_loss
+from dori_utils.attack import REPLAY, AttackConfig, Triggers, attack, cases_together, denoising_loss
 from dori_utils.edits import Edit, applied
 from dori_utils.generation import encode_images, encode_prompts, generate
 from dori_utils.models import model_hash
@@ -75,6 +75,13 @@ def test_a_case_is_the_same_alone_and_beside_others(pipe):
     for i, each in enumerate(targets):
         assert close(together[[i]], attack(pipe, [each], CONFIG, progress=False))
     assert close(together, attack(pipe, targets, CONFIG, rows=2, progress=False))
+
+
+def test_cases_are_shared_out_in_batches_of_one_size():
+    config = AttackConfig(batch_size=8)
+    assert [cases_together(count, config, 96) for count in (1, 12, 13, 16, 100)] == [1, 12, 7, 8, 12]
+    assert all(cases_together(count, config, 20) <= 2 for count in range(1, 40))
+    assert cases_together(5, config, 4) == 1
 
 
 def test_each_case_is_attacked_under_its_own_edit(pipe):
