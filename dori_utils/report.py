@@ -13,7 +13,9 @@ does not do the same to images that the model has never seen, so every verdict n
 
 import base64
 import datetime
+import importlib.metadata
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +68,7 @@ def write_report(folder, pipe, targets, controls, preset, store, attack, edits=N
     fig.savefig(folder / "steps.png", dpi=DPI, bbox_inches="tight")
     plt.close(fig)
     path = folder / "report.html"
-    path.write_text(_html(rows, pictures, folder / "steps.png"), encoding="utf-8")
+    path.write_text(_html(rows, pictures, folder / "steps.png", _settings(rows, edits)), encoding="utf-8")
     return path
 
 
@@ -112,12 +114,13 @@ def conclusion(rows, mitigation):
     never_low, never_high = share_interval(never.sum(), len(never))
     facts = (
         f"{(targets['prompt'] > THRESHOLD).sum()} of {len(targets)} images come back from their own prompts, "
-        f"{back.sum()} of {len(back)} from a trigger found in at most {steps} steps (95% interval {low:.0%} to "
+        f"{back.sum()} of {len(back)} from a trigger found in at most {_counted(steps)} (95% interval {low:.0%} to "
         f"{high:.0%}). Of the images that the model has never seen, the same attack brings back {never.sum()} of "
         f"{len(never)} ({never_low:.0%} to {never_high:.0%})."
     )
     if low > never_high:
-        return f"{facts} So the model still holds these images, whatever its prompts give."
+        hidden = back.sum() > 2 * (targets["prompt"] > THRESHOLD).sum()
+        return f"{facts} So the model holds these images{', hidden from their prompts, not removed' if hidden else ''}."
     if back.any():
         return (
             f"{facts} These intervals overlap, so the attack alone does not show that the images are held: more "
@@ -150,7 +153,7 @@ def step_curves(rows):
         ax.set_xscale("symlog", linthresh=1)
         steps = sorted(set(table["steps"]))
         ax.set_xticks(steps, steps)
-        ax.set(xlabel="steps of DoRI", ylabel=name, ylim=(-0.02, 1.02))
+        ax.set(xlabel="steps of DoRI", ylabel=name, xlim=(-0.1, 1.1 * max(steps)), ylim=(-0.02, 1.02))
     fig.legend(loc="outside upper center", ncols=4)
     return fig
 
@@ -168,7 +171,24 @@ def _pictures(pipe, everyone, found, attack, preset, store, each):
     }
 
 
-def _html(rows, pictures, curves):
+def _settings(rows, edits):
+    """What made the numbers: name → value."""
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers")
+    )
+    seeds = ", ".join(map(str, rows["seed"].unique()))
+    return rows.attrs | {"seeds": seeds, "libraries": versions} | {name: _about_edit(e) for name, e in edits.items()}
+
+
+def _about_edit(edit):
+    if edit is None:
+        return "no edit"
+    each = edit if isinstance(edit, list | tuple) else [edit]
+    about = f"{each[0]!r}, fingerprint {each[0].fingerprint()}, config {json.dumps(each[0].config)}"
+    return about if len(each) == 1 else f"{len(each)} edits, one for each target, the first: {about}"
+
+
+def _html(rows, pictures, curves, settings):
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -193,9 +213,10 @@ def _html(rows, pictures, curves):
         mitigations=mitigations,
         steps=steps,
         seed=rows["seed"].iloc[0],
-        table=settings_table(rows).to_dict("records"),
+        table=[row for row in settings_table(rows).to_dict("records") if row["steps"] in (0, max(steps))],
+        counted=_counted,
         curves=_embedded(curves.read_bytes(), "png"),
-        settings=rows.attrs,
+        settings=settings,
         replay=REPLAY,
         threshold=THRESHOLD,
         date=datetime.date.today().isoformat(),
@@ -206,10 +227,14 @@ def _words(verdict, steps):
     """One target's verdict in a sentence."""
     prompt = "comes back from its prompt" if verdict.prompt > THRESHOLD else "does not come back from its prompt"
     if np.isnan(verdict.step):
-        trigger = f"nor from a trigger, in {steps} steps" if verdict.prompt <= THRESHOLD else "not from a trigger"
+        trigger = f"nor from a trigger, in {_counted(steps)}" if verdict.prompt <= THRESHOLD else "not from a trigger"
     else:
-        trigger = f"{'and' if verdict.prompt > THRESHOLD else 'but'} from a trigger, after {verdict.step:.0f} steps"
+        trigger = f"{'and' if verdict.prompt > THRESHOLD else 'but'} from a trigger, after {_counted(verdict.step)}"
     return f"{prompt}, {trigger}"
+
+
+def _counted(steps):
+    return f"{steps:.0f} step{'' if steps == 1 else 's'}"
 
 
 def _file_name(name):

@@ -45,13 +45,15 @@ def test_the_conclusion_claims_no_more_than_targets_and_controls_carry():
     back, gone, never = [0.3, 0.5, 0.9], [0.3, 0.4, 0.5], [0.1, 0.2, 0.3]
     held = conclusion(make_rows([back] * 16, [never] * 16), "NeMo")
     assert "0 of 16 images come back from their own prompts, 16 of 16 from a trigger" in held
-    assert "still holds" in held and "brings back 0 of 16" in held
+    assert "hidden from their prompts, not removed" in held and "brings back 0 of 16" in held
     injected = conclusion(make_rows([back] * 16, [back] * 16), "NeMo")
-    assert "overlap" in injected and "still holds" not in injected
+    assert "overlap" in injected and "holds" not in injected
     few = conclusion(make_rows([back], [never]), "NeMo")
     assert "overlap" in few  # one image and one control show nothing
     none = conclusion(make_rows([gone] * 16, [never] * 16), "NeMo")
-    assert "no proof" in none and "still holds" not in none
+    assert "no proof" in none and "holds" not in none
+    plain = conclusion(make_rows([[0.9, 0.9, 0.9]] * 16, [never] * 16), "NeMo")
+    assert "So the model holds these images." in plain
 
 
 @pytest.fixture
@@ -116,7 +118,10 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     assert len(pictures) == 1 + 3 * 4 * (1 + 3)  # the curves; mitigations x images x (original, prompt, 1 and 2 steps)
     assert all(max(Image.open(io.BytesIO(base64.b64decode(p))).size) <= 160 for p in pictures[1:])
     assert not re.search(r'(src|href)="(?!data:)', html)
-    assert all(name in html for name in ("original.", "pruned.", "theirs.", "a # guitar", "steps=2"))
+    assert all(
+        name in html for name in ("original.", "pruned.", "theirs.", "a # guitar", "steps=2", "seeds", "torch 2")
+    )
+    assert Edit.load(own_images / "pruned.safetensors").fingerprint() in html
     assert "noise 0 (control)" in html and base_hash(pipe) in html
     rows = pd.read_csv(own_images / "out" / "rows.csv", comment="#", quotechar='"')
     assert len(rows) == 3 * 4 * 3 * 2  # mitigations x images x (prompt, 1, 2 steps) x seeds
