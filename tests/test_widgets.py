@@ -1,0 +1,345 @@
+"""The live attack does what `attack` does, only in a thread; the widget is clicked through, also in a browser."""
+
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
+
+from dori_utils.attack import AttackConfig, attack
+from dori_utils.edits import Edit
+from dori_utils.generation import encode_prompts, generate
+from dori_utils.models import model_hash
+from dori_utils.presets import PRESETS
+from dori_utils.similarity import load_sscd, sscd_scores
+from dori_utils.targets import Target
+from dori_utils.widgets import LiveAttack, attack_widget
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = Path("/usr/bin/chromium")
+CONFIG = AttackConfig(steps=5, batch_size=2)
+PRESET = replace(PRESETS["smoke"], attack=CONFIG)
+ENDLESS = replace(CONFIG, steps=10_000)
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+TARGETS = [
+    Target("one", "a cat on a car", noise(0), "VM"),
+    Target("two", "a red dog", noise(1), "VM"),
+    Target("lost", "a guitar", None, "VM"),
+]
+
+
+def neuron_off(pipe, number):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    mask = torch.zeros(pipe.unet.get_parameter(name).shape[0], 1, dtype=torch.bool)
+    mask[number] = True
+    return Edit("off", model_hash(pipe), masks={name: mask})
+
+
+@pytest.fixture(scope="module")
+def sscd():
+    return load_sscd()
+
+
+def ended(live, *case, **kwargs):
+    live.start(*case, **kwargs)
+    live.wait()
+    return live
+
+
+@contextmanager
+def endless(pipe, sscd, *case):
+    """A live attack that would take hours, past its first pictures; stopped at the end."""
+    past = threading.Event()
+    live = LiveAttack(pipe, PRESET, sscd, on_update=lambda live: live.step > 5 and past.set())
+    live.start(*case, ENDLESS)
+    try:
+        assert past.wait(60), live.error
+        yield live
+    finally:
+        live.stop()
+        live.wait()
+
+
+def same(images, others):
+    return [image.tobytes() for image in images] == [other.tobytes() for other in others]
+
+
+# The attack without widgets
+
+
+def test_it_finds_what_attack_finds(tiny_testbed, sscd):
+    edit = neuron_off(tiny_testbed, 0)
+    live = ended(LiveAttack(tiny_testbed, PRESET, sscd, every=2), TARGETS[0], edit, CONFIG)
+    found = attack(tiny_testbed, TARGETS[:1], CONFIG, edits=edit, progress=False)
+    assert live.error is None and not live.running
+    assert torch.allclose(live.triggers.prompt_embeds, found.prompt_embeds, atol=1e-4)
+    assert live.triggers.cases == found.cases
+    assert live.losses == live.triggers.losses[0].tolist()
+
+
+def test_its_pictures_are_those_of_the_embeddings_under_the_edit(tiny_testbed, sscd):
+    edit, images = neuron_off(tiny_testbed, 0), {}
+    live = LiveAttack(
+        tiny_testbed, PRESET, sscd, every=2, on_update=lambda live: images.update({live.step: live.image})
+    )
+    ended(live, TARGETS[0], edit, replace(CONFIG, record=(0, 2, 4, 5)))
+    embeds = torch.cat(list(live.triggers.recorded.values()))
+
+    def outside(edits):
+        rows = generate(tiny_testbed, prompt_embeds=embeds, seeds=[0], edits=edits, **PRESET.sampling, progress=False)
+        return [row[0] for row in rows]
+
+    theirs = outside([edit] * 4)
+    assert same([images[step] for step in (0, 2, 4, 5)], theirs)
+    assert not same(theirs, outside(None)), "the edit changes pictures"
+    assert same([live.start_image, live.image], [theirs[0], theirs[-1]])
+    scores = sscd_scores([theirs], [TARGETS[0].image], transform="testbed", sscd=sscd, progress=False)[0]
+    assert list(live.sscds) == [0, 2, 4, 5]
+    assert np.allclose(list(live.sscds.values()), scores, atol=1e-6) and live.image_sscd == live.sscds[5]
+
+
+def test_it_reports_every_step_and_its_end(sd1, sscd):
+    seen = []
+    live = LiveAttack(sd1, PRESET, sscd, on_update=lambda live: seen.append((live.step, live.running)))
+    ended(live, TARGETS[0], None, CONFIG)
+    assert [step for step, _ in seen] == [0, 0, 1, 2, 3, 4, 5, 5]
+    assert [running for _, running in seen] == [True] * 7 + [False]
+
+
+def test_it_starts_from_the_prompt_noise_or_other_words(sd1, sscd):
+    live, none = LiveAttack(sd1, PRESET, sscd), AttackConfig(steps=0)
+    for config, prompt, start in (
+        (none, None, encode_prompts(sd1, [TARGETS[0].prompt])),
+        (none, "a striped violin", encode_prompts(sd1, ["a striped violin"])),
+        (replace(none, start="noise"), None, attack(sd1, TARGETS[:1], replace(none, start="noise")).prompt_embeds),
+    ):
+        ended(live, TARGETS[0], None, config, prompt)
+        assert torch.equal(live.triggers.prompt_embeds, start)
+
+
+def test_stop_ends_it_early_and_keeps_what_was_found(tiny_testbed, sscd):
+    before, edit = model_hash(tiny_testbed), neuron_off(tiny_testbed, 0)
+    with endless(tiny_testbed, sscd, TARGETS[0], edit) as live:
+        live.stop()
+        live.wait()
+    (case,) = live.triggers.cases
+    assert (case["stopped"], case["steps"]) == ("early", live.step)
+    assert 5 < live.step < ENDLESS.steps and len(live.losses) == live.step
+    (images,) = generate(
+        tiny_testbed,
+        prompt_embeds=live.triggers.prompt_embeds,
+        seeds=[0],
+        edits=[edit],
+        **PRESET.sampling,
+        progress=False,
+    )
+    assert same(images, [live.image]), "the picture is the one of what was found"
+    assert model_hash(tiny_testbed) == before
+
+
+def test_one_runs_at_a_time(sd1, sscd):
+    with endless(sd1, sscd, TARGETS[0], None) as live:
+        with pytest.raises(RuntimeError, match="stop it first"):
+            live.start(TARGETS[1])
+        assert live.target is TARGETS[0] and live.running
+    with pytest.raises(ValueError, match="a live attack is a single one"):
+        live.start(TARGETS[0], config=AttackConfig(restarts=2))
+
+
+@pytest.mark.filterwarnings("ignore:The loss is no longer a number")
+def test_an_error_is_kept_and_the_next_one_runs(sd1, sscd):
+    live = ended(LiveAttack(sd1, PRESET, sscd), TARGETS[2])
+    assert isinstance(live.error, ValueError) and "lost has no image" in str(live.error)
+    ended(live, TARGETS[0], None, replace(CONFIG, lr=1e30))
+    assert "no longer a number at step 2: try a smaller learning rate" in str(live.error)
+    ended(live, TARGETS[0], None, CONFIG)
+    assert live.error is None and live.triggers.cases[0]["steps"] == 5
+
+
+# The widget
+
+
+@pytest.fixture
+def widget(tiny_testbed, sscd):
+    off = [neuron_off(tiny_testbed, number) for number in range(3)]
+    widget = attack_widget(tiny_testbed, TARGETS, {"original": None, "each": off, "all": off[2]}, PRESET, sscd)
+    yield widget
+    widget.live.stop()
+    widget.live.wait()
+
+
+def clicked(widget):
+    widget.start_button.click()
+    widget.live.wait()
+    return widget
+
+
+def test_the_choices_reach_the_attack(widget):
+    off = widget.edits["each"]
+    widget.target.value, widget.mitigation.value, widget.start.value = TARGETS[1], "each", "noise"
+    widget.steps.value, widget.lr.value = 3, 0.01
+    (case,) = clicked(widget).live.triggers.cases
+    assert (case["target"], case["edit"], case["start"]) == ("two", off[1].fingerprint(), "noise")
+    assert (case["config"]["steps"], case["config"]["lr"], case["config"]["batch_size"]) == (3, 0.01, 2)
+    widget.mitigation.value = "all"
+    assert clicked(widget).live.triggers.cases[0]["edit"] == off[2].fingerprint()
+
+
+def test_the_words_to_start_from_are_asked_for_when_they_are_wanted(widget, tiny_testbed):
+    assert widget.prompt.layout.display == "none"
+    widget.start.value = "other"
+    assert widget.prompt.layout.display is None
+    widget.prompt.value = "a striped violin"
+    assert clicked(widget).live.triggers.cases[0]["start"] == "given"
+    widget.prompt.value = "dog " * 20
+    assert "Prompt too long" in clicked(widget).status.value
+
+
+def test_pictures_curves_and_words_follow(widget):
+    before = [widget.curves.value, *(picture.value for picture, _ in widget.pictures)]
+    clicked(widget)
+    after = [widget.curves.value, *(picture.value for picture, _ in widget.pictures)]
+    assert [new == old for new, old in zip(after, before, strict=True)] == [False, True, False, False]
+    assert "Done after step 5" in widget.status.value and widget.progress.value == widget.progress.max == 5
+    assert f"SSCD {widget.live.image_sscd:.2f}" in widget.pictures[2][1].value
+    assert "after step 5" in widget.pictures[2][1].value
+    widget.target.value = TARGETS[1]
+    assert widget.pictures[2][0].value == before[3], "no picture of another target beside this one"
+
+
+def test_start_and_stop_take_turns(widget):
+    under_way = threading.Event()
+    widget.stop_button.observe(lambda change: under_way.set(), "disabled")
+    widget.steps.value = 10_000
+    assert not widget.start_button.disabled and widget.stop_button.disabled
+    widget.start_button.click()
+    assert under_way.wait(60)
+    assert widget.start_button.disabled and not widget.stop_button.disabled and widget.target.disabled
+    widget.stop_button.click()
+    widget.live.wait()
+    assert "Stopped after step" in widget.status.value
+    assert not widget.start_button.disabled and widget.stop_button.disabled and not widget.target.disabled
+
+
+def test_an_error_is_said_in_words_and_start_works_again(widget):
+    widget.target.value = TARGETS[2]
+    assert "lost has no image" in clicked(widget).status.value
+    widget.target.value = TARGETS[0]
+    assert "Done" in clicked(widget).status.value
+
+
+def test_a_list_of_edits_must_fit_the_targets(tiny_testbed, sscd):
+    with pytest.raises(ValueError, match="off: 1 edits for 3 targets"):
+        attack_widget(tiny_testbed, TARGETS, {"off": [neuron_off(tiny_testbed, 0)]}, PRESET, sscd)
+
+
+# In a browser
+
+
+NOTEBOOK = [
+    """from test_widgets import PRESET, TARGETS, neuron_off
+from dori_utils.models import load_pipeline
+from dori_utils.widgets import attack_widget
+
+pipe = load_pipeline({folder!r}, device="cpu")
+widget = attack_widget(pipe, TARGETS, {{"original": None, "off": neuron_off(pipe, 0)}}, PRESET)
+widget""",
+    "print('answered while it ran:', widget.live.running)",
+]
+
+
+@contextmanager
+def jupyter_lab(folder):
+    """The address of a JupyterLab that has its notebooks and all its settings in the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, token = free.getsockname()[1], secrets.token_hex()
+    places = {f"JUPYTER_{what}_DIR": str(folder / what) for what in ("CONFIG", "DATA", "RUNTIME")}
+    places |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}"]
+    options += ["--no-browser", "--allow-root", "--LabApp.extension_manager=readonly"]
+    with open(folder / "log", "w") as log:
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert server.poll() is None, (folder / "log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/api?token={token}", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"{address}/lab/tree/live.ipynb?token={token}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs Chromium at {CHROMIUM}")
+def test_in_jupyterlab_one_can_choose_start_watch_stop_and_read_errors(tiny_testbed_folder, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    expect = playwright.expect
+    expect.set_options(timeout=60_000)
+    cells = [new_code_cell(source.format(folder=str(tiny_testbed_folder))) for source in NOTEBOOK]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "live.ipynb")
+    with jupyter_lab(tmp_path) as address, playwright.sync_playwright() as browsers:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        page = browser.new_page(viewport={"width": 1300, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        notebook_cells = page.locator(".jp-Notebook .jp-CodeCell")
+        notebook_cells.nth(0).locator(".cm-content").click()
+        page.keyboard.press("Control+Enter")
+
+        start, stop = [page.locator("button.widget-button", has_text=word) for word in ("Start", "Stop")]
+        start.wait_for()
+        page.get_by_label("mitigation", exact=True).select_option("off")
+        page.get_by_label("steps", exact=True).fill("10000")
+        page.get_by_label("steps", exact=True).press("Enter")
+        start.click()
+        caption = page.locator(".widget-html", has_text=re.compile("after step [1-9]"))
+        curves = page.locator("img.widget-image").nth(3)
+        words, drawn = caption.inner_text(), curves.get_attribute("src")
+        assert "SSCD" in words
+        expect(caption).not_to_have_text(words, use_inner_text=True)
+        expect(curves).not_to_have_attribute("src", drawn)
+
+        notebook_cells.nth(1).locator(".cm-content").click()
+        page.keyboard.press("Control+Enter")
+        page.get_by_text("answered while it ran: True").wait_for()
+        stop.click()
+        page.get_by_text("Stopped after step").wait_for()
+
+        page.get_by_label("target", exact=True).select_option("lost: a guitar")
+        start.click()
+        page.get_by_text("lost has no image").wait_for()
+        page.get_by_label("target", exact=True).select_option("two: a red dog")
+        page.get_by_label("steps", exact=True).fill("3")
+        page.get_by_label("steps", exact=True).press("Enter")
+        start.click()
+        page.get_by_text("Done after step 3").wait_for()
+        browser.close()
