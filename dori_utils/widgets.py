@@ -311,7 +311,9 @@ def _curves(losses, sscds, steps, color):
     left.plot(losses, color=lighter(color), linewidth=0.8)
     left.plot(pd.Series(losses, dtype=float).rolling(10, min_periods=1).mean(), color=color, linewidth=1.6)
     left.set_ylim(bottom=0)
-    right.plot(sscds.keys(), sscds.values(), color=color, linewidth=1.6, marker="o", markersize=3)
+    if not losses:
+        left.set_yticks([])
+    right.plot(sscds.keys(), sscds.values(), color=color, linewidth=1.6, marker="o", markersize=3, clip_on=False)
     right.axhline(COPY, color="#888888", linewidth=0.8, linestyle="--")
     right.text(steps, COPY + 0.02, "a copy above this", ha="right", va="bottom", fontsize=7, color="#666666")
     right.set_ylim(-0.1, 1.05)

@@ -79,8 +79,15 @@ def endless(pipe, sscd, *case):
         live.wait()
 
 
+def generated(pipe, embeds, edit):
+    """The picture of each embedding."""
+    settings = dict(seeds=[0], edits=[edit], **PRESET.sampling, progress=False)
+    return [generate(pipe, prompt_embeds=of_one[None], **settings)[0][0] for of_one in embeds]
+
+
 def same(images, others):
-    return [image.tobytes() for image in images] == [other.tobytes() for other in others]
+    """Equal but for rounding."""
+    return np.abs(np.stack(images).astype(int) - np.stack(others)).max() <= 1
 
 
 # The attack without widgets
@@ -97,24 +104,20 @@ def test_it_finds_what_attack_finds(tiny_testbed, sscd):
 
 
 def test_its_pictures_are_those_of_the_embeddings_under_the_edit(tiny_testbed, sscd):
-    edit, images = neuron_off(tiny_testbed, 0), {}
+    delta = torch.ones_like(tiny_testbed.unet.conv_out.bias)  # large enough to be seen
+    edit, images = Edit("shift", model_hash(tiny_testbed), deltas={"conv_out.bias": delta}), {}
     live = LiveAttack(
         tiny_testbed, PRESET, sscd, every=2, on_update=lambda live: images.update({live.step: live.image})
     )
     ended(live, TARGETS[0], edit, replace(CONFIG, record=(0, 2, 4, 5)))
     embeds = torch.cat(list(live.triggers.recorded.values()))
-
-    def outside(edits):
-        rows = generate(tiny_testbed, prompt_embeds=embeds, seeds=[0], edits=edits, **PRESET.sampling, progress=False)
-        return [row[0] for row in rows]
-
-    theirs = outside([edit] * 4)
+    theirs = generated(tiny_testbed, embeds, edit)
     assert same([images[step] for step in (0, 2, 4, 5)], theirs)
-    assert not same(theirs, outside(None)), "the edit changes pictures"
+    assert not same(theirs, generated(tiny_testbed, embeds, None)), "the edit changes pictures"
     assert same([live.start_image, live.image], [theirs[0], theirs[-1]])
     scores = sscd_scores([theirs], [TARGETS[0].image], transform="testbed", sscd=sscd, progress=False)[0]
     assert list(live.sscds) == [0, 2, 4, 5]
-    assert np.allclose(list(live.sscds.values()), scores, atol=1e-6) and live.image_sscd == live.sscds[5]
+    assert np.allclose(list(live.sscds.values()), scores, atol=0.02) and live.image_sscd == live.sscds[5]
 
 
 def test_it_reports_every_step_and_its_end(sd1, sscd):
@@ -144,15 +147,7 @@ def test_stop_ends_it_early_and_keeps_what_was_found(tiny_testbed, sscd):
     (case,) = live.triggers.cases
     assert (case["stopped"], case["steps"]) == ("early", live.step)
     assert 5 < live.step < ENDLESS.steps and len(live.losses) == live.step
-    (images,) = generate(
-        tiny_testbed,
-        prompt_embeds=live.triggers.prompt_embeds,
-        seeds=[0],
-        edits=[edit],
-        **PRESET.sampling,
-        progress=False,
-    )
-    assert same(images, [live.image]), "the picture is the one of what was found"
+    assert same([live.image], generated(tiny_testbed, live.triggers.prompt_embeds, edit))
     assert model_hash(tiny_testbed) == before
 
 
@@ -275,6 +270,7 @@ def jupyter_lab(folder):
         port, token = free.getsockname()[1], secrets.token_hex()
     places = {f"JUPYTER_{what}_DIR": str(folder / what) for what in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    places["OMP_NUM_THREADS"] = "1"  # for a tiny model, in the company of a browser
     options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}"]
     options += ["--no-browser", "--allow-root", "--LabApp.extension_manager=readonly"]
     with open(folder / "log", "w") as log:
