@@ -313,6 +313,7 @@ def test_an_attack_of_another_image_start_seed_or_edit_is_another_case(tiny_test
     assert len({f.prompt_embeds.numpy().tobytes() for f in found}) == len(found)
 
 
+@pytest.mark.slow
 def test_a_control_model_is_attacked_on_the_same_targets(tiny_testbed, sd2, store):
     targets = make_targets(tiny_testbed)[:1]
     table = audit(tiny_testbed, targets, PRESET, store, attack=ATTACK, control_pipe=sd2)

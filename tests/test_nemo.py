@@ -286,6 +286,7 @@ def test_selection_goes_on_to_more_neurons_if_it_may(memorizing):
     assert len(sizes) == 19 and sizes == sorted(sizes)  # theta stays at 1, k grows
 
 
+@pytest.mark.slow
 def test_a_set_blocks_what_any_of_its_targets_needs(memorizing):
     statistics, two = statistics_of(memorizing, tau=0.45), targets(SECRET, "a dog on a car")
     each, both = (f(memorizing, two, statistics, CONFIG) for f in (nemo.localize_each, nemo.localize))

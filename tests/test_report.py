@@ -100,6 +100,7 @@ def test_a_unet_alone_is_loaded_and_another_folder_refused(tiny_testbed, tiny_te
         load_unet(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_images, monkeypatch, capsys):
     monkeypatch.setenv("DORI_CACHE", str(own_images / "cache"))
     pipe = load_pipeline(tiny_testbed_folder)

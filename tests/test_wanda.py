@@ -72,6 +72,7 @@ def test_the_mask_is_that_of_the_definition(pipe):
     assert (edit.method, edit.targets, edit.model) == ("Wanda", ("t0",), model_hash(pipe))
 
 
+@pytest.mark.slow
 def test_a_set_is_pruned_for_all_its_prompts_together(sd1):
     name = "down_blocks.0.attentions.1.transformer_blocks.0.ff.net.2"
     prompts = ["a cat", "a dog and grapes", "the violin"]
@@ -92,6 +93,7 @@ def test_the_empty_prompt_loses_nothing(sd1):
     assert sum(edit.sparsity().values()) == 0
 
 
+@pytest.mark.slow
 def test_more_sparsity_prunes_more_and_the_output_changes(sd1):
     embeds, noise = encode_prompts(sd1, ["a cat"]), initial_latents(sd1, [0])
     norms = wanda.activation_norms(sd1, ["a cat"], CONFIG)

@@ -103,6 +103,7 @@ def test_it_finds_what_attack_finds(tiny_testbed, sscd):
     assert live.losses == live.triggers.losses[0].tolist()
 
 
+@pytest.mark.slow
 def test_its_pictures_are_those_of_the_embeddings_under_the_edit(tiny_testbed, sscd):
     delta = torch.ones_like(tiny_testbed.unet.conv_out.bias)  # large enough to be seen
     edit, images = Edit("shift", model_hash(tiny_testbed), deltas={"conv_out.bias": delta}), {}
@@ -139,6 +140,7 @@ def test_it_starts_from_the_prompt_noise_or_other_words(sd1, sscd):
         assert torch.equal(live.triggers.prompt_embeds, start)
 
 
+@pytest.mark.slow
 def test_stop_ends_it_early_and_keeps_what_was_found(tiny_testbed, sscd):
     before, edit = model_hash(tiny_testbed), neuron_off(tiny_testbed, 0)
     with endless(tiny_testbed, sscd, TARGETS[0], edit) as live:
@@ -188,6 +190,7 @@ def clicked(widget):
     return widget
 
 
+@pytest.mark.slow
 def test_the_choices_reach_the_attack(widget):
     off = widget.edits["each"]
     widget.target.value, widget.mitigation.value, widget.start.value = TARGETS[1], "each", "noise"
@@ -199,6 +202,7 @@ def test_the_choices_reach_the_attack(widget):
     assert clicked(widget).live.triggers.cases[0]["edit"] == off[2].fingerprint()
 
 
+@pytest.mark.slow
 def test_the_words_to_start_from_are_asked_for_when_they_are_wanted(widget, tiny_testbed):
     assert widget.prompt.layout.display == "none"
     widget.start.value = "other"
