@@ -26,6 +26,7 @@ class Preset:
     attack: AttackConfig  # DoRI
     long_attack: AttackConfig  # on images that the model has never seen: when does it find those?
     long_controls: int  # how many of those
+    searched_draws: int | None = None  # of each part of the testbed's training, in notebook 01; None: all
 
     @property
     def sampling(self) -> dict:
@@ -70,6 +71,7 @@ PRESETS = {
         attack=AttackConfig(steps=2, batch_size=2, record=(1, 2)),
         long_attack=AttackConfig(steps=3, batch_size=2, record=(2, 3)),
         long_controls=2,
+        searched_draws=1000,
     ),
     "paper": Preset(
         model="sd14",

@@ -14,7 +14,7 @@ from dori_utils.presets import PRESETS
 from dori_utils.store import Store
 from dori_utils.targets import load_targets
 from dori_utils.testbed.data import held_out_scenes, planned
-from dori_utils.testbed.train import unet_training_set
+from dori_utils.testbed.train import UNET_STAGES, unet_training_set
 
 
 def test_weights_fit_in_80_megabytes():
@@ -29,6 +29,11 @@ def test_targets_are_the_plan_and_its_counts():
         target = by_id[plan.id]
         assert (target.prompt, target.kind, target.duplicates) == (plan.scene.caption, plan.kind, counts[plan.id])
         assert (np.asarray(target.image) == plan.scene.draw()).all()
+
+
+def test_a_smaller_training_set_has_fewer_draws_in_each_part():
+    assert unet_training_set(most=1000).parts == (1000,) * len(UNET_STAGES)
+    assert unet_training_set(most=10**9).parts == unet_training_set().parts
 
 
 def test_statistics_for_nemo_are_of_this_model():

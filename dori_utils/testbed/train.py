@@ -281,8 +281,10 @@ def train_unet(work: Path, vae: AutoencoderTiny, tokenizer, text_encoder: CLIPTe
     return unet
 
 
-def unet_training_set(seed: int = 0) -> TrainingSet:
-    return TrainingSet(tuple(STAGES[name].draws for name in UNET_STAGES), seed)
+def unet_training_set(seed: int = 0, most: int | None = None) -> TrainingSet:
+    """What the U-Net was trained on; with `most`, another and smaller set, that has so many draws in each part."""
+    parts = (STAGES[name].draws for name in UNET_STAGES)
+    return TrainingSet(tuple(draws if most is None else min(draws, most) for draws in parts), seed)
 
 
 class DrawnScenes(Dataset):
