@@ -61,7 +61,8 @@ def _audit(options):
     record = (*(step for step in preset.attack.record if step < steps), steps)
     attack = replace(preset.attack, record=record, **chosen)
     targets = _targets(options.targets, "VM")[: options.limit]
-    controls = _targets(options.controls, "control")[: options.limit or len(targets)]
+    controls = _targets(options.controls, "control")
+    controls = controls[: options.limit or (len(controls) if options.controls else len(targets))]
     pipe = load_pipeline(options.model)
     return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, _edits(pipe, options))
 

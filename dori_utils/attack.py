@@ -156,7 +156,8 @@ def attack(
     for attempt in range(config.restarts):
         tried = [seed + attempt for seed in seeds]
         generators = [_generator(target, seed) for target, seed in zip(targets, tried, strict=True)]
-        embeds = _starts(pipe, targets, config, generators) if starts is None else starts.detach().float().clone()
+        embeds = _starts(pipe, targets, config, generators) if starts is None else starts.detach().clone()
+        embeds = embeds.to(pipe.unet.device, torch.float32)
         start = config.start if starts is None else "given"
         with known_base(pipe) as base, _checkpointing(pipe.unet, checkpointing):
             cases = [_about(base, *case, start, config) for case in zip(targets, tried, edits, strict=True)]

@@ -215,9 +215,11 @@ def audit(
         model, weights, SSCD, transform, sampling, version, attack.
 
     Raises:
-        ValueError: a list of edits that is not as long as the targets.
+        ValueError: a list of edits that is not as long as the targets, or starts that do not fit.
     """
     sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
+    if starts is not None and (control_pipe is not None or len(starts) != len(everyone)):
+        raise ValueError("starts: one for each target and then each control, and only without control_pipe.")
     settings = (preset, store, sscd, clip, attack, starts)
     for name, edit in (edits or {"none": None}).items():
         rows += _audited(pipe, everyone, name, edit_of_each(edit, targets, controls, name), *settings)

@@ -9,6 +9,7 @@ al. 2009), which tests/test_plots.py computes again.
 Sizes are in inches of the printed page: `COLUMN` is one column of a two-column paper, `PAGE` its full text width.
 """
 
+import csv
 import io
 import os
 import re
@@ -115,10 +116,15 @@ def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """A table as CSV, with its index if that means something, and its `attrs` as lines with a # in front."""
+    """A table as CSV, with its index if that means something, and its `attrs` as lines with a # in front.
+
+    Texts are quoted if one has a # in it, which `pd.read_csv(path, comment="#")` would take for a comment.
+    """
+    hashed = table.select_dtypes(exclude="number").map(lambda text: "#" in str(text)).any(axis=None)
+    quoting = csv.QUOTE_NONNUMERIC if hashed else csv.QUOTE_MINIMAL
     has_index = not isinstance(table.index, pd.RangeIndex)
     made_by = "".join(f"# {key}: {value}\n" for key, value in table.attrs.items())
-    return made_by + table.to_csv(index=has_index, float_format="%.6g", lineterminator="\n")
+    return made_by + table.to_csv(index=has_index, float_format="%.6g", lineterminator="\n", quoting=quoting)
 
 
 def _replace(path: Path, content: bytes) -> Path:

@@ -48,11 +48,12 @@ def write_report(folder, pipe, targets, controls, preset, store, attack, edits=N
         Path of report.html.
 
     Raises:
-        ValueError: no controls: without them the attack's result says nothing.
+        ValueError: no targets, or no controls: without them the attack's result says nothing; an id that comes twice;
+            no step or no seed.
     """
-    if not controls:
-        raise ValueError("No controls: the attack must also be tried on images that the model has never seen.")
+    _check(targets, controls, preset, attack)
     folder, sscd, edits = Path(folder), sscd or load_sscd(), edits or {"original": None}
+    targets = [replace(t, kind="target") if t.kind == "control" else t for t in targets]
     controls = [replace(control, kind="control") for control in controls]
     attack = replace(attack, record=tuple(step for step in attack.record if step))  # step 0 is the prompt
     rows = audit(pipe, targets, preset, store, sscd, edits=edits, attack=attack, controls=controls)
@@ -62,14 +63,30 @@ def write_report(folder, pipe, targets, controls, preset, store, attack, edits=N
         everyone, each = [*targets, *controls], edit_of_each(edit, targets, controls, name)
         found = cached_attack(pipe, everyone, attack, store, each)
         found.save(folder / "triggers" / f"{_file_name(name)}.safetensors")
+        if diverged := [case["target"] for case in found.cases if case["stopped"] == "diverged"]:
+            rows.attrs[f"{name}: the loss became NaN, so these attacks show nothing"] = ", ".join(diverged)
         pictures[name] = _pictures(pipe, everyone, found, attack, preset, store, each)
     write_tables(folder, rows)
     fig = step_curves(rows)
     fig.savefig(folder / "steps.png", dpi=DPI, bbox_inches="tight")
     plt.close(fig)
     path = folder / "report.html"
-    path.write_text(_html(rows, pictures, folder / "steps.png", _settings(rows, edits)), encoding="utf-8")
+    replay = REPLAY.replace("manual_seed(0)", f"manual_seed({preset.seeds[0]}), **{preset.sampling}")
+    html = _html(rows, pictures, folder / "steps.png", _settings(rows, edits), replay)
+    path.write_text(html, encoding="utf-8")
     return path
+
+
+def _check(targets, controls, preset, attack):
+    if not targets:
+        raise ValueError("No targets with an image: there is nothing to look for.")
+    if not controls:
+        raise ValueError("No controls: the attack must also be tried on images that the model has never seen.")
+    ids = [target.id for target in [*targets, *controls]]
+    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+        raise ValueError(f"Targets and controls share ids: {', '.join(twice)}. Give the tables a column id.")
+    if attack.steps < 1 or not preset.seeds:
+        raise ValueError("An audit needs at least one step of the attack and one seed.")
 
 
 def write_tables(folder, rows):
@@ -123,9 +140,11 @@ def conclusion(rows, mitigation):
         return f"{facts} So the model holds these images{', hidden from their prompts, not removed' if hidden else ''}."
     if back.any():
         return (
-            f"{facts} These intervals overlap, so the attack alone does not show that the images are held: more "
+            f"{facts} That is not clearly more often, so the attack alone does not show that the images are held: more "
             "targets and controls, or fewer steps, may."
         )
+    if (targets["prompt"] > THRESHOLD).any():
+        return f"{facts} The prompts bring images back and the attack does not: it was too short or badly set."
     return (
         f"{facts} None comes back with this attack. That is no proof that they are gone: more steps, other starts or "
         "another learning rate may find them."
@@ -188,7 +207,7 @@ def _about_edit(edit):
     return about if len(each) == 1 else f"{len(each)} edits, one for each target, the first: {about}"
 
 
-def _html(rows, pictures, curves, settings):
+def _html(rows, pictures, curves, settings, replay):
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -217,7 +236,7 @@ def _html(rows, pictures, curves, settings):
         counted=_counted,
         curves=_embedded(curves.read_bytes(), "png"),
         settings=settings,
-        replay=REPLAY,
+        replay=replay,
         threshold=THRESHOLD,
         date=datetime.date.today().isoformat(),
     )

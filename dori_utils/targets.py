@@ -121,10 +121,11 @@ def read_targets(path):
     empty = table[["prompt", "image"]].isna().any(axis=1)
     if empty.any():
         raise ValueError(f"{path} has no prompt or no image in row {empty.argmax() + 1}.")
-    ids = table["id"] if "id" in table else table["image"].map(lambda name: Path(name).stem)
+    stems = table["image"].map(lambda name: Path(name).stem)
+    ids = table["id"].fillna(stems) if "id" in table else stems
     if ids.duplicated().any():
         raise ValueError(f"{path} has the id {ids[ids.duplicated()].iloc[0]!r} twice.")
-    kinds = table["kind"] if "kind" in table else "target"
+    kinds = table["kind"].fillna("target") if "kind" in table else "target"
     table = table.assign(id=ids, kind=kinds, file=[path.parent / name for name in table["image"]], image=None)
     return [_to_target(row) for row in table.to_dict("records")]
 

@@ -221,6 +221,8 @@ class _AttackWidget(ipywidgets.VBox):
         self._shown, self._drawn, self._color = None, -REDRAW, MITIGATIONS["original"]
 
     def _start(self, _):
+        if self.live.running:  # a second click, before the button could be disabled
+            return
         start = self.start.value
         own = dict(batch_size=self._preset.attack.batch_size, seed=self._preset.attack.seed)
         config = AttackConfig(self.steps.value, self.lr.value, start="noise" if start == "noise" else "prompt", **own)

@@ -291,6 +291,8 @@ def test_an_audit_attacks_from_the_starts_given(tiny_testbed, store):
     expected = sscd_scores(images, [t.image for t in targets], transform=PRESET.sscd_transform)
     assert np.allclose(scores_by_target(table[table["steps"] == 2]), expected, atol=0.02)
     assert "start=given" in table.attrs["attack"]
+    with pytest.raises(ValueError, match="one for each target and then each control"):
+        audit(tiny_testbed, targets, PRESET, store, attack=ATTACK, starts=starts[:1])
 
 
 def test_an_attack_is_made_once(tiny_testbed, store, monkeypatch):

@@ -11,10 +11,12 @@ from PIL import Image
 
 from dori_utils import wanda
 from dori_utils.__main__ import main
-from dori_utils.attack import Triggers
+from dori_utils.attack import AttackConfig, Triggers
 from dori_utils.edits import Edit, base_hash
 from dori_utils.models import load_pipeline, load_unet
-from dori_utils.report import conclusion, settings_table, verdicts
+from dori_utils.presets import PRESETS
+from dori_utils.report import conclusion, settings_table, verdicts, write_report
+from dori_utils.store import Store
 from dori_utils.targets import read_targets
 
 WANDA = wanda.Config(sparsity=0.3, steps=1, num_inference_steps=2, guidance_scale=3.0)
@@ -47,11 +49,13 @@ def test_the_conclusion_claims_no_more_than_targets_and_controls_carry():
     assert "0 of 16 images come back from their own prompts, 16 of 16 from a trigger" in held
     assert "hidden from their prompts, not removed" in held and "brings back 0 of 16" in held
     injected = conclusion(make_rows([back] * 16, [back] * 16), "NeMo")
-    assert "overlap" in injected and "holds" not in injected
+    assert "not clearly more often" in injected and "holds" not in injected
     few = conclusion(make_rows([back], [never]), "NeMo")
-    assert "overlap" in few  # one image and one control show nothing
+    assert "not clearly more often" in few  # one image and one control show nothing
     none = conclusion(make_rows([gone] * 16, [never] * 16), "NeMo")
     assert "no proof" in none and "holds" not in none
+    weak = conclusion(make_rows([[0.9, 0.4, 0.5]] * 16, [never] * 16), "NeMo")
+    assert "too short or badly set" in weak and "no proof" not in weak
     plain = conclusion(make_rows([[0.9, 0.9, 0.9]] * 16, [never] * 16), "NeMo")
     assert "So the model holds these images." in plain
 
@@ -127,10 +131,24 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     rows = pd.read_csv(own_images / "out" / "rows.csv", comment="#", quotechar='"')
     assert len(rows) == 3 * 4 * 3 * 2  # mitigations x images x (prompt, 1, 2 steps) x seeds
     assert set(rows["mitigation"]) == {"original", "pruned", "theirs"}
+    assert rows["sscd"].notna().all() and "a # guitar" in set(rows["prompt"])
+    assert "num_inference_steps" in html.split("Replay a trigger")[1]
     found = Triggers.load(own_images / "out" / "triggers" / "pruned.safetensors")
     edit = Edit.load(own_images / "pruned.safetensors")
     assert [case["target"] for case in found.cases] == ["cat", "dog", "noise 0", "noise 1"]
     assert {case["edit"] for case in found.cases} == {edit.fingerprint()}
+
+
+def test_ids_that_targets_and_controls_share_are_refused_at_once(tiny_testbed, own_images):
+    targets = read_targets(own_images / "targets.csv")
+    arguments = (PRESETS["smoke"], Store(own_images / "cache"), AttackConfig(steps=1))
+    with pytest.raises(ValueError, match="share ids: dog"):
+        write_report(own_images / "out", tiny_testbed, targets, targets[1:], *arguments)
+    with pytest.raises(ValueError, match="No targets"):
+        write_report(own_images / "out", tiny_testbed, [], targets, *arguments)
+    with pytest.raises(ValueError, match="at least one step"):
+        write_report(own_images / "out", tiny_testbed, targets[:1], targets[1:], *arguments[:2], AttackConfig(steps=0))
+    assert not (own_images / "out").exists()
 
 
 def test_the_command_says_what_is_missing(tiny_testbed_folder, own_images, capsys):
