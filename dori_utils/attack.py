@@ -88,6 +88,10 @@ class Triggers:
             {step: embeds[index] for step, embeds in self.recorded.items()},
         )
 
+    def by_step(self):
+        """Step → (N, T, D): what was recorded, and after the last step what was found; in the order of the steps."""
+        return dict(sorted((self.recorded | {self.losses.shape[1]: self.prompt_embeds}).items()))
+
     def save(self, path):
         """Write a safetensors file, whole or not at all; its metadata say what each trigger is and how to replay it."""
         tensors = {"prompt_embeds": self.prompt_embeds, "losses": self.losses}
@@ -285,9 +289,9 @@ def _draws(pipe, generator, count):
 
 def _starts(pipe, targets, config, generators):
     if config.start == "prompt":
-        return encode_prompts(pipe, [target.prompt for target in targets]).float()
+        return encode_prompts(pipe, [target.prompt for target in targets])
     shape = (pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.unet.device)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def _generator(target, seed):

@@ -244,8 +244,7 @@ def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config, star
     embeddings = {("none", 0): None}
     if config is not None:
         found = cached_attack(pipe, targets, config, store, edits, starts)
-        by_step = found.recorded | {config.steps: found.prompt_embeds}
-        embeddings |= {("DoRI", step): of_step for step, of_step in sorted(by_step.items())}
+        embeddings |= {("DoRI", step): of_step for step, of_step in found.by_step().items()}
     rows = []
     for (attacked, steps), prompt_embeds in embeddings.items():
         ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits, prompt_embeds)

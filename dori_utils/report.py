@@ -65,7 +65,7 @@ def write_report(folder, pipe, targets, controls, preset, store, attack, edits=N
         found.save(folder / "triggers" / f"{_file_name(name)}.safetensors")
         if diverged := [case["target"] for case in found.cases if case["stopped"] == "diverged"]:
             rows.attrs[f"{name}: the loss became NaN, so these attacks show nothing"] = ", ".join(diverged)
-        pictures[name] = _pictures(pipe, everyone, found, attack, preset, store, each)
+        pictures[name] = _pictures(pipe, everyone, found, preset, store, each)
     write_tables(folder, rows)
     fig = step_curves(rows)
     fig.savefig(folder / "steps.png", dpi=DPI, bbox_inches="tight")
@@ -177,17 +177,12 @@ def step_curves(rows):
     return fig
 
 
-def _pictures(pipe, everyone, found, attack, preset, store, each):
+def _pictures(pipe, everyone, found, preset, store, each):
     """Target id → its image, and that of the first seed under its prompt and after each recorded step."""
     prompts = [target.prompt for target in everyone]
-    embeds = {0: None} | found.recorded | {attack.steps: found.prompt_embeds}
-    by_step = {
-        step: cached_generate(pipe, prompts, preset.seeds, preset, store, each, of_step)
-        for step, of_step in sorted(embeds.items(), key=lambda item: item[0])
-    }
-    return {
-        target.id: [target.image, *(images[i][0] for images in by_step.values())] for i, target in enumerate(everyone)
-    }
+    embeds = [None, *found.by_step().values()]
+    by_step = [cached_generate(pipe, prompts, preset.seeds, preset, store, each, of_step) for of_step in embeds]
+    return {target.id: [target.image, *(images[i][0] for images in by_step)] for i, target in enumerate(everyone)}
 
 
 def _settings(rows, edits):

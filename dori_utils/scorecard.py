@@ -238,11 +238,8 @@ def gain(method: str):
 
 
 def control_rate():
-    rows = attacked("original")
-    after = of_attack(rows, "control")
-    return metrics.memorization_rate(
-        after
-    ).rate, f"{described(after)}; prompts: {described(of_attack(rows, 'control', 'none'))}"
+    prompts, after = (of_attack(attacked("original"), "control", attack) for attack in ("none", "DoRI"))
+    return metrics.memorization_rate(after).rate, f"{described(after)}; prompts: {described(prompts)}"
 
 
 def from_start(start: str):
