@@ -275,16 +275,20 @@ def _losses(pipe, clean, embeds, draws):
     """
     noise = torch.stack([noise for noise, _ in draws], dim=1).flatten(0, 1)  # (B, n, C, H, W) → (B * n, C, H, W)
     timesteps = torch.stack([timesteps for _, timesteps in draws], dim=1).flatten()
+    noise, timesteps = noise.to(embeds.device), timesteps.to(embeds.device)
     count = len(draws[0][1])
     rows = denoising_loss(pipe, clean.repeat(count, 1, 1, 1), embeds.repeat(count, 1, 1), noise, timesteps)
     return rows.unflatten(0, (count, -1)).mean(dim=0)
 
 
 def _draws(pipe, generator, count):
-    """Noise (count, C, H, W) and timesteps (count,) from the case's own generator, on the pipeline's device."""
+    """Noise (count, C, H, W) and timesteps (count,) from the case's own generator, on the CPU.
+
+    They are moved later, all at once: to ask a U-Net for its device takes as long as a row of it.
+    """
     noise = torch.randn((count, pipe.unet.config.in_channels, *latent_size(pipe)), generator=generator)
     timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (count,), generator=generator)
-    return noise.to(pipe.unet.device), timesteps.to(pipe.unet.device)
+    return noise, timesteps
 
 
 def _starts(pipe, targets, config, generators):

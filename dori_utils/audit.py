@@ -354,24 +354,29 @@ def edit_of_each(edit, targets, controls=(), name="edits") -> list[Edit] | None:
     return each + [each[i % len(each)] for i in range(len(controls))]
 
 
-def cached_edits(localize_each, pipe, targets, config, store, **kwargs) -> list[Edit]:
+def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None, **kwargs) -> list[Edit]:
     """`localize_each` of nemo or wanda, one target a case of the store.
 
     Args:
         localize_each: the function, called as localize_each(pipe, targets, config=config, **kwargs).
+        prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
         kwargs: what else it takes; `statistics` counts for the case.
     """
     key = {"what": localize_each.__module__, "config": asdict(config), "model": base_hash(pipe)}
     key |= _beside_weights(pipe)
     if "statistics" in kwargs:
         key["statistics"] = kwargs["statistics"].fingerprint()
-    by_id = {target.id: target for target in targets}
-
-    def compute(cases: list[dict]) -> list[dict]:
-        chosen = [by_id[case["target"]] for case in cases]
-        return [edit.to_arrays() for edit in localize_each(pipe, chosen, config=config, **kwargs)]
-
     cases = [{**key, "target": target.id, "prompt": target.prompt} for target in targets]
+    if prompt_embeds is not None:
+        cases = [case | {"embedding": _hash(e)} for case, e in zip(cases, prompt_embeds, strict=True)]
+    by_case = {canonical_json(case): i for i, case in enumerate(cases)}
+
+    def compute(chosen: list[dict]) -> list[dict]:
+        numbers = [by_case[canonical_json(case)] for case in chosen]
+        embeds = {} if prompt_embeds is None else {"prompt_embeds": prompt_embeds[numbers]}
+        found = localize_each(pipe, [targets[i] for i in numbers], config=config, **embeds, **kwargs)
+        return [edit.to_arrays() for edit in found]
+
     return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=16, progress=False)]
 
 

@@ -263,7 +263,7 @@ def union(edits):
         ValueError: no edits, edits of different models, or edits with deltas (those have no union: nest `applied`).
     """
     edits = list(edits)
-    _check_comparable(edits)
+    check_comparable(edits)
     masks = {}
     for edit in edits:
         for name, mask in edit.masks.items():
@@ -295,7 +295,7 @@ def _overlaps(edit, other):
 
     Where one edit masks whole rows and the other single weights, both are counted in weights.
     """
-    _check_comparable([edit, other])
+    check_comparable([edit, other])
     sizes = {}
     for name in dict.fromkeys([*edit.masks, *other.masks]):
         ours, theirs = edit.masks.get(name), other.masks.get(name)
@@ -306,7 +306,7 @@ def _overlaps(edit, other):
     return sizes
 
 
-def _check_comparable(edits):
+def check_comparable(edits):
     if not edits:
         raise ValueError("No edits: give at least one.")
     if len({edit.model for edit in edits}) > 1:

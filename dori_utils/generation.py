@@ -176,10 +176,10 @@ def encode_images(pipe, images):
     draws from it, but its spread is small beside the noise that follows.
     """
     height, width = [side * pipe.vae_scale_factor for side in latent_size(pipe)]
-    latents = []
+    device, dtype, latents = pipe.vae.device, pipe.vae.dtype, []
     for image in images:
         pixels = pipe.image_processor.preprocess(image.convert("RGB"), height, width)  # (1, 3, H, W) in [-1, 1]
-        encoded = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype))
+        encoded = pipe.vae.encode(pixels.to(device, dtype))
         latents.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
     return torch.cat(latents).float() * pipe.vae.config.scaling_factor
 

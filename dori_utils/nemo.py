@@ -183,12 +183,15 @@ def localize(pipe, targets, statistics, config=None, **kwargs):
 
 
 @torch.no_grad()
-def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, progress=True, callback=None):
+def localize_each(
+    pipe, targets, statistics, config=None, *, prompt_embeds=None, batch_size=64, progress=True, callback=None
+):
     """One edit for each target: the neurons that must be blocked so that its prompt no longer replicates.
 
     Args:
         pipe: a `StableDiffusionPipeline`, without an edit applied to it.
-        targets: N `Target`s; only their prompts are used.
+        targets: N `Target`s; only their ids and prompts are used.
+        prompt_embeds: embeddings (N, T, D), such as triggers, that take the place of the prompts.
         statistics: `Statistics` of this model.
         config: a `Config`.
         batch_size: rows (a set of neurons and a seed) in one batch of the U-Net.
@@ -205,11 +208,12 @@ def localize_each(pipe, targets, statistics, config=None, *, batch_size=64, prog
     config = config or Config()
     layers, base = value_layers(pipe.unet, config.layers), base_hash(pipe)
     _check_statistics(base, layers, statistics)
-    judge = _Judge(pipe, [target.prompt for target in targets], layers, statistics.tau, config, batch_size)
+    embeds = encode_prompts(pipe, [target.prompt for target in targets]) if prompt_embeds is None else prompt_embeds
+    judge = _Judge(pipe, embeds.to(pipe.unet.device, pipe.unet.dtype), layers, statistics.tau, config, batch_size)
     searches = {}
     for i in (i for i, seeds in enumerate(judge.counted) if seeds):
         report = partial(_report, callback, targets[i].id)
-        rounds = _rounds(pipe, targets[i].prompt, layers, statistics, config)
+        rounds = _rounds(pipe, judge.embeds[i : i + 1], layers, statistics, config)
         searches[i] = _search(rounds, layers, judge.counted[i], statistics.tau, config.margin, report)
     none = torch.zeros(sum(layer.out_features for layer in layers.values()), dtype=torch.bool)
     found = {i: none for i in range(len(targets)) if i not in searches}
@@ -237,8 +241,8 @@ def localize_one_by_one(pipe, target, statistics, config=None, *, callback=None)
     config = config or Config()
     layers, base = value_layers(pipe.unet, config.layers), base_hash(pipe)
     _check_statistics(base, layers, statistics)
-    judge = _Judge(pipe, [target.prompt], layers, statistics.tau, config, len(config.seeds))
-    seeds, rounds = judge.counted[0], _rounds(pipe, target.prompt, layers, statistics, config)
+    judge = _Judge(pipe, encode_prompts(pipe, [target.prompt]), layers, statistics.tau, config, len(config.seeds))
+    seeds, rounds = judge.counted[0], _rounds(pipe, judge.embeds, layers, statistics, config)
     if not seeds:
         return _edit(base, target, torch.zeros_like(rounds[0]), layers, statistics, config)
     search = _search(rounds, layers, seeds, statistics.tau, math.inf, partial(_report, callback, target.id))
@@ -337,9 +341,9 @@ def _on_seeds(candidate, seeds, slopes_below, base=None):
     return _Request(candidate.expand(len(seeds), -1), seeds, base, slopes_below)
 
 
-def _rounds(pipe, prompt, layers, statistics, config):
-    """The sets of neurons (rounds, neurons) of the initial selection, round by round."""
-    values = activations(pipe, encode_prompts(pipe, [prompt]), config.layers)
+def _rounds(pipe, prompt_embeds, layers, statistics, config):
+    """The sets of neurons (rounds, neurons) of the initial selection for one embedding (1, T, D), round by round."""
+    values = activations(pipe, prompt_embeds, config.layers)
     values = {name: value[0].cpu() for name, value in values.items()}
     rounds = []
     for k in range(config.rounds):
@@ -479,11 +483,11 @@ def _report(callback, target, stage, candidate, score, threshold):
 class _Judge:
     """Memorization scores. counted[i]: the seeds of target i that count, the most telling one first."""
 
-    def __init__(self, pipe, prompts, layers, tau, config, batch_size):
+    def __init__(self, pipe, prompt_embeds, layers, tau, config, batch_size):
         self.pipe, self.layers, self.batch_size = pipe, layers, batch_size
         self.compare = PAIRWISE[config.similarity][1]
         self.t = ddim(pipe, config.num_inference_steps).timesteps[int(config.second_timestep)]
-        self.embeds, self.noise = encode_prompts(pipe, prompts), initial_latents(pipe, config.seeds)
+        self.embeds, self.noise = prompt_embeds, initial_latents(pipe, config.seeds)
         with recorded(parts(pipe.unet)) as outputs:
             first_step_change(pipe, self.embeds[:1], self.noise[:1], self.t)
         self.parts = [module for module, _ in outputs]  # in the order in which they run
@@ -491,9 +495,9 @@ class _Judge:
         first = torch.tensor([self._part_of(layer) for layer in layers.values()])
         self.part_of_neuron = first.repeat_interleave(torch.tensor(widths))  # (neurons,)
         self.known = {}  # target → base, and of each counted seed what every part gave under it
-        everything = torch.cartesian_prod(torch.arange(len(prompts)), torch.arange(len(self.noise)))
+        everything = torch.cartesian_prod(torch.arange(len(prompt_embeds)), torch.arange(len(self.noise)))
         nothing = torch.zeros(len(everything), sum(widths), dtype=torch.bool)
-        self.unblocked = self._changes(everything, nothing).unflatten(0, (len(prompts), -1))  # (N, S, C, H, W)
+        self.unblocked = self._changes(everything, nothing).unflatten(0, (len(self.embeds), -1))  # (N, S, C, H, W)
         self.counted = [_counted_seeds(maps, tau, config.similarity) for maps in self.unblocked]
 
     def answers(self, requests):

@@ -9,7 +9,9 @@ al. 2009), which tests/test_plots.py computes again.
 Sizes are in inches of the printed page: `COLUMN` is one column of a two-column paper, `PAGE` its full text width.
 """
 
+import base64
 import csv
+import html
 import io
 import os
 import re
@@ -39,6 +41,8 @@ MITIGATIONS = {
 }
 PALETTE = KINDS | MITIGATIONS
 
+# Eight images of one picture, where there is no other way to tell them apart: Okabe and Ito (2008).
+IMAGES = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
 COLUMN, PAGE = 3.3, 6.8
 DPI = 200
 SCORES = LinearSegmentedColormap.from_list("scores", ["#E8E8E8", KINDS["VM"]])  # borders: SSCD 0 → 1, a verbatim copy
@@ -243,3 +247,31 @@ def roc_curves(ax: Axes, scores: Mapping[str, Sequence[float]], *, controls: str
     ax.plot([0, 1], [0, 1], color=PALETTE[controls], linewidth=0.8, linestyle="--")
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="false positive rate", ylabel="true positive rate")
     ax.legend(loc="lower right")
+
+
+def interactive_map(points: np.ndarray, colors: Sequence[str], labels: Sequence[str], images: Sequence[Image.Image]):
+    """A scatter plot (N, 2) that shows an image and a label under the mouse; its last line in a cell displays it.
+
+    The HTML holds everything, so it also works without a network and in an exported notebook.
+    """
+    from bokeh.embed import file_html
+    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.plotting import figure
+    from bokeh.resources import INLINE
+    from IPython.display import HTML
+
+    data = {"x": points[:, 0], "y": points[:, 1], "color": list(colors), "label": list(labels)}
+    data["image"] = [_data_url(image) for image in images]
+    plot = figure(width=620, height=440, tools="pan,wheel_zoom,box_zoom,reset", toolbar_location="above")
+    dots = plot.scatter("x", "y", color="color", size=9, alpha=0.85, source=ColumnDataSource(data))
+    tooltip = '<div><img src="@image" width="128" height="128"><br>@label</div>'
+    plot.add_tools(HoverTool(tooltips=tooltip, renderers=[dots], attachment="horizontal"))
+    plot.axis.visible, plot.grid.visible = False, False
+    page = html.escape(file_html(plot, INLINE, "map"), quote=True)
+    return HTML(f'<div><iframe srcdoc="{page}" width="660" height="500" style="border:0"></iframe></div>')
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="webp", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -60,9 +60,10 @@ def localize_each(pipe, targets, config=None, **kwargs):
 
     Args:
         pipe: a `StableDiffusionPipeline`, without an edit applied to it.
-        targets: N `Target`s; only their prompts are used.
+        targets: N `Target`s; only their ids and prompts are used.
         config: a `Config`.
-        kwargs: batch_size, progress, callback of `activation_norms`.
+        kwargs: prompt_embeds, embeddings (N, T, D) that take the place of the prompts, such as triggers; batch_size,
+            progress, callback of `activation_norms`.
 
     Returns:
         List of N edits.
@@ -76,10 +77,11 @@ def localize_each(pipe, targets, config=None, **kwargs):
     ]
 
 
-def _norms(pipe, targets, config, **kwargs):
+def _norms(pipe, targets, config, prompt_embeds=None, **kwargs):
     """Of each target's prompt (N, K, columns), and of the empty one (K, columns), both by layer name."""
-    norms = activation_norms(pipe, [target.prompt for target in targets], config, **kwargs)
-    empty = activation_norms(pipe, [""], config, progress=False)
+    embeds = encode_prompts(pipe, [target.prompt for target in targets]) if prompt_embeds is None else prompt_embeds
+    norms = activation_norms(pipe, embeds, config, **kwargs)
+    empty = activation_norms(pipe, encode_prompts(pipe, [""]), config, progress=False)
     return norms, {name: layer[0] for name, layer in empty.items()}
 
 
@@ -98,14 +100,14 @@ def localized_layers(unet, pattern=Config.layers):
 
 
 @torch.no_grad()
-def activation_norms(pipe, prompts, config=None, *, batch_size=16, progress=True, callback=None):
+def activation_norms(pipe, prompt_embeds, config=None, *, batch_size=16, progress=True, callback=None):
     """Mean squares of every input of every layer, at each of the first denoising steps.
 
     A mean over tokens and seeds, not a sum: for one prompt both pick the same weights, but only means of several
     prompts can be compared with the empty one's.
 
     Args:
-        prompts: N texts.
+        prompt_embeds: (N, T, D).
         batch_size: cases (prompt and seed) in one batch; under guidance the U-Net sees two rows for each.
         callback: called with {"prompts": done, "of": N} after each batch.
 
@@ -113,7 +115,7 @@ def activation_norms(pipe, prompts, config=None, *, batch_size=16, progress=True
         Layer name → (N, K, columns) float32: ||X_j||_2^2 / number of tokens.
     """
     config = config or Config()
-    embeds, noise = encode_prompts(pipe, prompts), initial_latents(pipe, config.seeds)
+    embeds, noise = prompt_embeds.to(pipe.unet.device, pipe.unet.dtype), initial_latents(pipe, config.seeds)
     rows, columns = torch.cartesian_prod(torch.arange(len(embeds)), torch.arange(len(noise))).T
     layers = localized_layers(pipe.unet, config.layers)
     collected = {name: [] for name in layers}

@@ -272,6 +272,13 @@ def test_a_planted_neuron_is_found_and_nothing_else(memorizing):
         assert first_step_pairs(memorizing, SECRET) < 0.5
 
 
+@torch.no_grad()
+def test_an_embedding_takes_the_place_of_the_prompt(memorizing):
+    embeds, statistics = encode_prompts(memorizing, [SECRET]), statistics_of(memorizing, tau=0.5)
+    (edit,) = nemo.localize_each(memorizing, targets("a dog on a car"), statistics, CONFIG, prompt_embeds=embeds)
+    assert {layer: off for layer, off in nemo.neurons(edit).items() if off} == {PLANTED[0]: [PLANTED[1]]}
+
+
 def test_prompts_that_are_not_memorized_block_nothing(sd1):
     edits = nemo.localize_each(sd1, targets("a cat", "a dog"), statistics_of(sd1, tau=1.1), CONFIG)
     assert [sum(edit.sparsity().values()) for edit in edits] == [0, 0]

@@ -1,6 +1,7 @@
 """Figures: the same bytes each time, the right panels, and colours that a colour-blind reader tells apart."""
 
 import itertools
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +11,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from dori_utils import plots
+
+CHROMIUM = Path("/usr/bin/chromium")
 
 # Machado, Oliveira, Fernandes (2009), severity 1.0: what becomes of linear RGB.
 VISION = {
@@ -211,3 +214,31 @@ def test_layers_have_short_labels():
     assert plots.layer_label(f"down_blocks.1.{layer}") == "down 1.0"
     assert plots.layer_label(f"up_blocks.3.{layer.replace('s.0', 's.2', 1)}.weight") == "up 3.2"
     assert plots.layer_label(f"mid_block.{layer}") == "mid"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs Chromium at {CHROMIUM}")
+def test_an_interactive_map_shows_the_image_under_the_mouse_without_a_network(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    points = np.array([[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0]])  # the first is in the middle
+    page_html = plots.interactive_map(points, plots.IMAGES[:3], ["first", "second", "third"], _squares(3)[0]).data
+    (tmp_path / "map.html").write_text(page_html)
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(f"file://{tmp_path}/map.html")
+        frame = page.frame_locator("iframe")
+        frame.locator(".bk-Canvas").wait_for()
+        page.wait_for_timeout(500)
+        box = frame.locator(".bk-CartesianFrame, .bk-Canvas").first.bounding_box()
+        for step in range(40):  # the toolbar moves the middle down a little
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 - 40 + 2 * step)
+            if frame.get_by_text("first").count():
+                break
+        tooltip = frame.get_by_text("first")
+        tooltip.wait_for(timeout=10_000)
+        loaded = frame.locator("img").first.evaluate("image => image.naturalWidth")
+        browser.close()
+    assert loaded == 8 and not [url for url in requests if url.startswith("http")]

@@ -96,7 +96,7 @@ def test_the_empty_prompt_loses_nothing(sd1):
 @pytest.mark.slow
 def test_more_sparsity_prunes_more_and_the_output_changes(sd1):
     embeds, noise = encode_prompts(sd1, ["a cat"]), initial_latents(sd1, [0])
-    norms = wanda.activation_norms(sd1, ["a cat"], CONFIG)
+    norms = wanda.activation_norms(sd1, encode_prompts(sd1, ["a cat"]), CONFIG)
     assert {layer.shape[:2] for layer in norms.values()} == {(1, 3)}
     plain = denoise(sd1, noise, embeds, num_inference_steps=2)
     sizes = []
@@ -110,7 +110,8 @@ def test_more_sparsity_prunes_more_and_the_output_changes(sd1):
 
 def test_progress_reaches_the_callback_and_no_hook_stays(sd1):
     seen = []
-    wanda.activation_norms(sd1, ["a cat", "a dog"], CONFIG, batch_size=2, progress=False, callback=seen.append)
+    embeds = encode_prompts(sd1, ["a cat", "a dog"])
+    wanda.activation_norms(sd1, embeds, CONFIG, batch_size=2, progress=False, callback=seen.append)
     assert seen == [{"prompts": 1, "of": 2}, {"prompts": 2, "of": 2}]
     assert not any(layer._forward_pre_hooks for layer in wanda.localized_layers(sd1.unet).values())
 

@@ -1,0 +1,421 @@
+"""Locality: where does a memorized image live? Three places to look, each with the control that it needs.
+
+"Finding DoRI" (ICML 2026) starts the attack from many random embeddings for one image, and asks whether the triggers
+that it finds have anything in common: a place in embedding space, the activations that they cause, the weights that a
+mitigation would prune for them. Each is compared with what would be there anyway: the random starts themselves, the
+prompts of other images, and triggers of images that the model has never seen.
+
+* Embeddings: two-dimensional maps, distances, and whether a linear classifier tells triggers apart (`probe`).
+* Activations: L2 distance of one layer's outputs under different embeddings and the same initial noise.
+* Weights: intersection over union (IoU) of what NeMo or Wanda selects, against that of random sets of the same size.
+
+Statistics are over images, as triggers of one image are not independent: pairs of triggers are averaged into blocks,
+one for each two images (`block_means`), and images are resampled.
+
+Shapes: N embeddings (N, T, D) of G images; K denoising steps; matrices (N, N) over pairs of embeddings.
+"""
+
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.spatial.distance import cdist
+from tqdm.auto import tqdm
+
+from .attack import AttackConfig
+from .audit import cached_attack, cached_embeddings
+from .edits import Edit, check_comparable
+from .generation import denoise, initial_latents
+from .nemo import neurons
+
+# What the paper has for SD v1.4, layers 1 to 7: value layers and feed-forward layers of the down and middle blocks.
+# Y_adv: 100 triggers of one image; Y_mem: 100 memorized prompts. Activations: mean pairwise L2. Weights: IoU.
+PAPER = {
+    ("activations", "NeMo", "Y_mem"): (106, 72, 164, 129, 299, 303, 405),
+    ("activations", "NeMo", "Y_adv"): (153, 110, 224, 184, 396, 409, 517),
+    ("activations", "Wanda", "Y_mem"): (184, 259, 252, 202, 262, 263, 454),
+    ("activations", "Wanda", "Y_adv"): (217, 199, 217, 151, 176, 154, 259),
+    ("weights", "NeMo", "Y_mem"): (0.579, 1.0, 0.814, 0.920, 0.944, 0.977, 0.986),
+    ("weights", "NeMo", "Y_adv"): (0.571, 1.0, 0.778, 0.905, 0.977, 0.998, 0.999),
+    ("weights", "Wanda", "Y_mem"): (0.435, 0.655, 0.420, 0.687, 0.384, 0.149, 0.070),
+    ("weights", "Wanda", "Y_adv"): (0.569, 0.804, 0.581, 0.742, 0.541, 0.341, 0.256),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """How many triggers are looked at, and how they are made; the attack is on the model without any mitigation.
+
+    Defaults are the paper's where it says something: 100 random starts of an image, 50 steps.
+    """
+
+    images: int = 8  # memorized images; the paper shows one
+    starts: int = 100  # of each
+    controls: int = 8  # images that the model has never seen
+    control_starts: int = 100
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(start="noise", record=(0,)))
+    num_inference_steps: int = 50  # of the generations that show a trigger's image, and of the view by timestep
+    guidance_scale: float = 7.5  # of those generations
+    compared: int = 100  # triggers of each image whose activations are compared
+    edited: int = 100  # triggers of each image that Wanda is run on
+    edited_nemo: int = 100  # and NeMo
+    timesteps: int = 10  # denoising steps in the view by timestep
+
+
+# --- Triggers from random starts -----------------------------------------------------------------------------------
+
+
+def strongest(pipe, targets, count, preset, store, sscd):
+    """The `count` targets that the model memorizes best, by mean SSCD_Orig of their prompts; sampled as by `sketch`."""
+    prompts, originals = [t.prompt for t in targets], sscd.embed([t.image for t in targets], preset.sscd_transform)
+    ours = cached_embeddings(pipe, prompts, preset.seeds, sketch(preset), store, sscd)  # (N, S, D)
+    scores = np.einsum("nsd,nd->n", ours, originals)
+    return [targets[i] for i in np.argsort(-scores, kind="stable")[:count]]
+
+
+def random_triggers(pipe, targets, controls, preset, store, sscd):
+    """DoRI from N(0, I), several times for each image: what notebooks 04 to 06 look at, attacked in one run.
+
+    Returns:
+        table: a row for each trigger (image, kind, start, sscd): SSCD_Orig of its generation, see `sketch`.
+        starts: (N, T, D).
+        triggers: (N, T, D).
+    """
+    config = preset.locality
+    cases = [(target, start) for target in targets for start in range(config.starts)]
+    cases += [(control, start) for control in controls for start in range(config.control_starts)]
+    everyone, seeds = [target for target, _ in cases], [start for _, start in cases]
+    found = cached_attack(pipe, everyone, config.attack, store, seeds=seeds)
+    prompts = [target.prompt for target in everyone]
+    ours = cached_embeddings(
+        pipe, prompts, preset.seeds[:1], sketch(preset), store, sscd, prompt_embeds=found.prompt_embeds
+    )
+    originals = sscd.embed([target.image for target in dict.fromkeys(everyone)], preset.sscd_transform)
+    by_id = dict(zip(dict.fromkeys(target.id for target in everyone), originals, strict=True))
+    table = pd.DataFrame(
+        {
+            "image": [target.id for target in everyone],
+            "kind": [target.kind for target in everyone],
+            "start": seeds,
+            "sscd": [float(row[0] @ by_id[target.id]) for row, target in zip(ours, everyone, strict=True)],
+        }
+    )
+    return table, found.recorded[0], found.prompt_embeds
+
+
+def sketch(preset):
+    """The preset with the sampling that shows what an embedding gives: on the testbed few steps, without guidance."""
+    config = preset.locality
+    return replace(preset, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
+
+
+def closest(table, count):
+    """Of each image the `count` triggers whose generation is most like it: row numbers, image by image."""
+    order = table.sort_values("sscd", ascending=False, kind="stable")
+    chosen = order.groupby("image", sort=False).head(count).index
+    return sorted(chosen)
+
+
+# --- Embeddings ----------------------------------------------------------------------------------------------------
+
+
+def embedding_map(prompt_embeds, method="umap", seed=0):
+    """Two-dimensional map (N, 2) of embeddings (N, T, D).
+
+    Args:
+        method: "umap", "tsne" or "pca". The first two keep neighbours and not distances: how far apart two groups lie
+            on them means nothing, and they find clusters in noise too. PCA is a projection.
+        seed: of the first two.
+    """
+    rows = _flat(prompt_embeds)
+    if method == "pca":
+        from sklearn.decomposition import PCA
+
+        return PCA(2, random_state=seed).fit_transform(rows)
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        return TSNE(2, perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed).fit_transform(rows)
+    if method != "umap":
+        raise ValueError(f"No map {method!r}; there is umap, tsne, pca.")
+    from umap import UMAP
+
+    return UMAP(n_neighbors=min(15, len(rows) - 1), n_jobs=1, random_state=seed).fit_transform(rows)
+
+
+def distances(prompt_embeds, others=None):
+    """L2 distances (N, M) of embeddings (N, T, D) to others (M, T, D), or (N, N) among themselves."""
+    rows = _flat(prompt_embeds)
+    return cdist(rows, rows if others is None else _flat(others))
+
+
+def probe(features, labels, groups=None, folds=5):
+    """Which rows a linear classifier (logistic regression) gets right, when it has not seen them: (N,) bool.
+
+    Args:
+        features: (N, F), for example embeddings, flattened.
+        labels: N classes.
+        groups: N names; rows of one group are never both learned from and tested, so that a classifier of memorized
+            against control images cannot win by knowing the image. Default: every row is its own group.
+        folds: parts of the rows, of which each is tested in turn; fewer if a class has fewer groups.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features, labels = np.asarray(features), np.asarray(labels)
+    groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
+    folds = min(folds, *(len(set(groups[labels == label])) for label in set(labels)))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=200))
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    return cross_val_predict(classifier, features, labels, groups=groups, cv=split) == labels
+
+
+def _flat(prompt_embeds):
+    return torch.as_tensor(prompt_embeds).float().flatten(1).numpy()
+
+
+# --- Activations ---------------------------------------------------------------------------------------------------
+
+
+class Discrepancy(NamedTuple):
+    """Pairwise distances of activations under N embeddings, at each of K steps: layer name → (K, N, N) float32.
+
+    l2: of the layer's output for all its tokens. relative: l2 over the root mean square of the two outputs' norms, so
+    that layers of any size and strength compare; 0 for the same output, sqrt(2) for unrelated ones of one norm.
+    """
+
+    l2: dict[str, np.ndarray]
+    relative: dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def activation_discrepancy(
+    pipe, prompt_embeds, layers, *, seed=0, steps=1, num_inference_steps=50, batch_size=32, progress=True
+):
+    """How differently layers answer to N embeddings that start from the same initial noise.
+
+    Which output the paper takes is not published; here it is the layer's own. At the first step all rows have the same
+    latent. Later ones are on each embedding's own way, without guidance.
+
+    Args:
+        prompt_embeds: (N, T, D).
+        layers: names of the layers, a regular expression, as in `nemo.Config` and `wanda.Config`.
+        seed: of the initial noise.
+        steps: K, of the first denoising steps.
+        num_inference_steps: of the whole schedule.
+
+    Raises:
+        ValueError: no layer has a name that fits the pattern.
+    """
+    chosen = {name: module for name, module in pipe.unet.named_modules() if re.search(layers, name)}
+    if not chosen:
+        raise ValueError(f"No layer of this {type(pipe.unet).__name__} has a name that fits {layers!r}.")
+    noise = initial_latents(pipe, [seed])
+    outputs = {name: [] for name in chosen}
+    with tqdm(total=len(prompt_embeds), desc="activations", disable=not progress) as bar:
+        for part in prompt_embeds.to(pipe.unet.device, pipe.unet.dtype).split(batch_size):
+            with _outputs(chosen) as of_part:
+                latents = noise.expand(len(part), -1, -1, -1)
+                schedule = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0}
+                denoise(pipe, latents, part, stop_after=steps, **schedule)
+            for name, by_step in of_part.items():
+                outputs[name].append(torch.stack(by_step))  # (K, B, F)
+            bar.update(len(part))
+    l2, relative = {}, {}
+    for name in chosen:
+        rows = torch.cat(outputs.pop(name), dim=1)  # (K, N, F)
+        l2[name] = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+        squares = rows.square().sum(dim=2).numpy()  # (K, N)
+        relative[name] = l2[name] / np.sqrt((squares[:, :, None] + squares[:, None, :]) / 2)
+    return Discrepancy(l2, relative)
+
+
+class _outputs:
+    """Within it every layer's output, flattened to (B, F) float32 on the CPU, is added to its list."""
+
+    def __init__(self, layers):
+        self.layers, self.hooks = layers, ExitStack()
+
+    def __enter__(self):
+        lists = {name: [] for name in self.layers}
+        for name, layer in self.layers.items():
+            keep = lists[name].append
+            hook = layer.register_forward_hook(lambda m, args, out, keep=keep: keep(out.flatten(1).float().cpu()))
+            self.hooks.enter_context(hook)
+        return lists
+
+    def __exit__(self, *error):
+        self.hooks.close()
+
+
+# --- Weights -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """What N sets of weights or neurons have in common, layer by layer; "all" is all layers together.
+
+    Args:
+        overlap: layer → (N, N) sizes of the intersections; the sets' own sizes are the diagonal.
+        total: layer → how many there are to choose from.
+    """
+
+    overlap: dict[str, np.ndarray]
+    total: dict[str, int]
+
+    def iou(self, empty=1.0):
+        """Layer → (N, N) intersection over union; of two empty sets `empty`, 1 in the paper, NaN to leave them out."""
+        values = {}
+        for layer, overlap in self.overlap.items():
+            union = np.add.outer(np.diag(overlap), np.diag(overlap)) - overlap
+            values[layer] = np.where(union > 0, overlap / np.maximum(union, 1), empty)
+        return values
+
+    def chance(self, empty=np.nan):
+        """Layer → (N, N) IoU of random sets of these sizes: their expected intersection over the union that it leaves.
+
+        Random within each layer, also for "all". Wanda prunes every row alike; random within rows comes to the same.
+        """
+        sizes = {layer: np.diag(overlap).astype(float) for layer, overlap in self.overlap.items()}
+        expected = {layer: np.outer(size, size) / self.total[layer] for layer, size in sizes.items()}
+        expected["all"] = sum(overlap for layer, overlap in expected.items() if layer != "all")
+        values = {}
+        for layer, overlap in expected.items():
+            union = np.add.outer(sizes[layer], sizes[layer]) - overlap
+            values[layer] = np.where(union > 0, overlap / np.maximum(union, 1e-12), empty)
+        return values
+
+
+def weight_agreement(edits):
+    """`Agreement` of what N edits zero.
+
+    Neurons count as one each where a mask switches whole rows off, single weights otherwise.
+
+    Raises:
+        ValueError: no edits, edits of different models or layers, or such as add to weights.
+    """
+    check_comparable(edits)
+    names = list(edits[0].masks)
+    if any(list(edit.masks) != names for edit in edits):
+        raise ValueError("These edits are of different layers: what they have in common is not defined.")
+    overlap, total = {}, {}
+    for name in names:
+        shapes = {tuple(edit.masks[name].shape) for edit in edits}
+        if len(shapes) > 1:
+            raise ValueError(f"Some of these edits mask whole neurons of {name} and some single weights: {shapes}.")
+        masks = torch.stack([edit.masks[name].flatten() for edit in edits]).float()  # (N, weights)
+        overlap[name] = (masks @ masks.T).round().long().numpy()
+        total[name] = masks.shape[1]
+    overlap["all"], total["all"] = sum(overlap.values()), sum(total.values())
+    return Agreement(overlap, total)
+
+
+@torch.no_grad()
+def wanda_neurons(pipe, edits, prompt_embeds):
+    """Wanda's choice of neurons in NeMo's layers, as many in each as NeMo took there: one edit for each of N.
+
+    The two methods work in different layers, on different things, so their own sets cannot overlap. This is the
+    comparison that we define: in a value layer, Wanda's score |W_ij| ||X_j||_2 is summed over a neuron's inputs j (X
+    the text embedding, each token scaled to unit length), and the highest neurons are taken.
+
+    Args:
+        edits: N edits by NeMo.
+        prompt_embeds: the embeddings (N, T, D) that they were made for.
+    """
+    unit = torch.nn.functional.normalize(prompt_embeds.float(), dim=2)  # (N, T, D)
+    norms = unit.square().sum(dim=1).sqrt()  # (N, D)
+    chosen = []
+    for edit, norm in zip(edits, norms, strict=True):
+        masks = {}
+        for name, of_layer in neurons(edit).items():
+            weight = pipe.unet.get_submodule(name).weight.detach().float().cpu()
+            scores = weight.abs() @ norm.cpu()  # (neurons,)
+            mask = torch.zeros(len(weight), 1, dtype=torch.bool)
+            mask[scores.topk(len(of_layer)).indices] = True
+            masks[f"{name}.weight"] = mask
+        chosen.append(Edit("Wanda, by neuron", edit.model, targets=edit.targets, masks=masks))
+    return chosen
+
+
+# --- Statistics over images ----------------------------------------------------------------------------------------
+
+
+def block_means(matrix, images):
+    """(G, G) means of a matrix (N, N) over pairs of different embeddings, one block for each two of G images.
+
+    The diagonal holds pairs of one image, and is NaN for an image with a single embedding. NaN in the matrix counts as
+    no pair. Images are in the order in which they come first.
+    """
+    matrix, images = np.asarray(matrix, dtype=float), np.asarray(images)
+    names = list(dict.fromkeys(images.tolist()))
+    member = np.array([images == name for name in names], dtype=float)  # (G, N)
+    valid = np.isfinite(matrix) & ~np.eye(len(matrix), dtype=bool)
+    pairs = member @ valid @ member.T
+    with np.errstate(invalid="ignore"):
+        return (member @ np.where(valid, matrix, 0) @ member.T) / np.where(pairs > 0, pairs, np.nan)
+
+
+def between_interval(blocks, level=0.95, resamples=2000, seed=0):
+    """Mean of a (G, G) matrix over pairs of different images, with its percentile bootstrap interval over images.
+
+    An image drawn twice is no pair with itself. Averaging each image's row first and resampling those would be half as
+    wide as it should be, as every pair moves with two images.
+
+    Returns:
+        (mean, low, high).
+    """
+    count = len(blocks)
+    off = np.where(np.eye(count, dtype=bool) | np.isnan(blocks), 0, blocks)
+    exists = (~np.eye(count, dtype=bool) & ~np.isnan(blocks)).astype(float)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples).astype(float)
+    sums, pairs = (np.einsum("rg,gh,rh->r", draws, matrix, draws) for matrix in (off, exists))
+    low, high = np.quantile(sums[pairs > 0] / pairs[pairs > 0], [(1 - level) / 2, (1 + level) / 2])
+    return float(off.sum() / exists.sum()), float(low), float(high)
+
+
+def permutation_test(matrix, images, resamples=1999, seed=0):
+    """Are pairs of one image different from pairs of two images? Embeddings change places between images at random.
+
+    Args:
+        matrix: (N, N), distances or IoU.
+        images: N names.
+
+    Returns:
+        (difference, p): mean over images of the pairs within, less the mean of the pairs between; and its two-sided p.
+    """
+    matrix, rng = np.asarray(matrix, dtype=float), np.random.default_rng(seed)
+    groups = np.unique(np.asarray(images), return_inverse=True)[1]
+
+    def difference(groups):
+        blocks = block_means(matrix, groups)
+        return np.nanmean(np.diag(blocks)) - np.nanmean(blocks[~np.eye(len(blocks), dtype=bool)])
+
+    ours = difference(groups)
+    null = np.array([difference(rng.permutation(groups)) for _ in range(resamples)])
+    extreme = np.sum(np.abs(null - null.mean()) >= abs(ours - null.mean()) - 1e-12)
+    return float(ours), float((1 + extreme) / (1 + resamples))
+
+
+def difference_test(a, b, paired):
+    """Difference of the means of a and b, one number an image, and its two-sided permutation p.
+
+    paired: a[i] and b[i] are of the same image, and change places within it; else images change groups.
+    """
+    from scipy.stats import permutation_test as scipy_test
+
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    test = scipy_test(
+        (a, b),
+        lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
+        permutation_type="samples" if paired else "independent",
+        vectorized=True,
+        n_resamples=9999,
+        rng=np.random.default_rng(0),
+    )
+    return float(test.statistic), float(test.pvalue)
