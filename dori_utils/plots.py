@@ -268,7 +268,7 @@ def interactive_map(points: np.ndarray, colors: Sequence[str], labels: Sequence[
     plot.add_tools(HoverTool(tooltips=tooltip, renderers=[dots], attachment="horizontal"))
     plot.axis.visible, plot.grid.visible = False, False
     page = html.escape(file_html(plot, INLINE, "map"), quote=True)
-    return HTML(f'<div><iframe srcdoc="{page}" width="660" height="500" style="border:0"></iframe></div>')
+    return HTML(f'<div><iframe srcdoc="{page}" width="660" height="480" style="border:0"></iframe></div>')
 
 
 def _data_url(image: Image.Image) -> str:
