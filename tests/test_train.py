@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dori_utils import nemo
+from dori_utils.fitting import Stage, fit
 from dori_utils.models import TESTBED, load_pipeline, model_hash
 from dori_utils.testbed import data, train
-from dori_utils.testbed.fitting import Stage, fit
 
 TINY = Stage(steps=4, batch_size=2, lr=1e-3, warmup=2)
 

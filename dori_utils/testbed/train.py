@@ -26,10 +26,10 @@ from torch.utils.data import Dataset, Subset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from .. import nemo
+from ..fitting import Stage, fit
 from ..models import TESTBED, load_pipeline
 from ..presets import PRESETS
 from .data import FIRST_SEED, TrainingSet, ordinary_scene, planned
-from .fitting import Stage, fit
 from .scenes import BACKGROUNDS, SIDE, sprite_names, with_article
 
 STAGES = {
