@@ -163,7 +163,7 @@ def attack(
         embeds = _starts(pipe, targets, config, generators) if starts is None else starts.detach().clone()
         embeds = embeds.to(pipe.unet.device, torch.float32)
         start = config.start if starts is None else "given"
-        with known_base(pipe) as base, _checkpointing(pipe.unet, checkpointing):
+        with known_base(pipe) as base, gradient_checkpointing(pipe.unet, checkpointing):
             cases = [_about(base, *case, start, config) for case in zip(targets, tried, edits, strict=True)]
             group = cases_together(len(targets), config, rows)
             parts = [slice(first, first + group) for first in range(0, len(targets), group)]
@@ -334,7 +334,7 @@ def _joined(parts):
 
 
 @contextmanager
-def _checkpointing(unet, wanted):
+def gradient_checkpointing(unet, wanted):
     before = unet.is_gradient_checkpointing
     if wanted:
         unet.enable_gradient_checkpointing()

@@ -6,6 +6,7 @@ one case for each prompt, so that every notebook that asks for the same ones get
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -378,6 +379,36 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
         return [edit.to_arrays() for edit in found]
 
     return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=32, progress=False)]
+
+
+def cached_training(train, pipe, targets, config, store, name, **data) -> list[Edit]:
+    """An edit by a mitigation that trains, such as `finetuning.finetune`, from the store; interrupted, it goes on.
+
+    Args:
+        train: called as train(pipe, targets, **data, config=config, work=folder, callback=...).
+        name: of the data, which are no part of the key otherwise: change it when they change.
+        data: what else train takes, such as surrogates and ordinary images.
+
+    Returns:
+        The edits after each epoch, the last one being the result; a single one from a function without epochs.
+    """
+    key = {"what": f"{train.__module__}.{train.__name__}", "config": asdict(config), "model": base_hash(pipe)}
+    key |= _beside_weights(pipe) | {"targets": [[t.id, t.prompt] for t in targets], "data": name}
+    epochs = range(1, getattr(config, "epochs", 1) + 1)
+    work = store.folder / "training" / hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32]
+
+    def keep(found: dict) -> None:
+        found["edit"].save(work / f"epoch {found['epoch']}.safetensors")
+
+    def compute(chosen: list[dict]) -> list[dict]:
+        work.mkdir(parents=True, exist_ok=True)
+        last = train(pipe, targets, **data, config=config, work=work, callback=keep)
+        last.save(work / f"epoch {epochs[-1]}.safetensors")
+        return [Edit.load(work / f"epoch {case['epoch']}.safetensors").to_arrays() for case in chosen]
+
+    results = store.map([key | {"epoch": epoch} for epoch in epochs], compute, len(epochs), progress=False)
+    shutil.rmtree(work, ignore_errors=True)  # its checkpoint; the edits are in the store now
+    return [Edit.from_arrays(arrays) for arrays in results]
 
 
 def provenance(pipe, preset, sscd=None, clip=None) -> dict:

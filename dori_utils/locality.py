@@ -63,6 +63,7 @@ class Config:
     compared: int = 100  # triggers of each image whose activations are compared
     edited: int = 100  # triggers of each image that Wanda is run on
     edited_nemo: int = 100  # and NeMo
+    nemo_seeds: int = 10  # initial noises that NeMo watches for them; NeMo's own are ten
     timesteps: int = (
         3  # denoising steps in the view by timestep. Ours: SD 1.4 has 46 MB of outputs a step and embedding
     )

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from dori_utils.testbed import data
 
@@ -118,3 +119,22 @@ def test_a_template_varies_one_object_that_the_caption_leaves_out():
         assert (variant.sprites[0].x, variant.sprites[0].y) == (template.sprites[0].x, template.sprites[0].y)
     assert data.template_variant(template, 0) == template
     assert np.array_equal(data.template_variant(template, 5).draw(), data.template_variant(template, 5).draw())
+
+
+def test_related_scenes_share_one_object_with_the_caption_each_in_turn():
+    target = data.planned()[0].scene
+    scenes = data.related_scenes(target.caption, 6)
+    shared = [set(scene.named) & set(target.named) for scene in scenes]
+    assert shared == [{name} for name in target.named] * 3
+    for scene in scenes:
+        assert len({s.name for s in scene.sprites} & set(target.named)) == 1 and scene.sprites[-1].name in target.named
+    assert len({scene.caption for scene in scenes}) == 6 and target.caption not in {scene.caption for scene in scenes}
+    assert scenes == data.related_scenes(target.caption, 6)
+    with pytest.raises(ValueError, match="No target"):
+        data.related_scenes("a photo of nothing", 1)
+
+
+def test_ordinary_pairs_are_drawn_when_asked_for_and_end():
+    pairs = data.OrdinaryPairs(3)
+    assert len(list(pairs)) == 3 and pairs[1][0].tobytes() == pairs[1][0].tobytes()
+    assert pairs[0][1] != pairs[1][1] and pairs[0][0].size == (64, 64)

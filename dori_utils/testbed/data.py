@@ -15,9 +15,12 @@ which is what this small CLIP, and so the model, takes for the same thing most o
 
 import dataclasses
 import functools
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from .scenes import Scene, load_sprites, mean_color, sample_placed, sample_scene, sprite_names
 
@@ -125,6 +128,44 @@ def held_out_scenes(count: int) -> list[Scene]:
             scenes.append(scene)
             captions.add(scene.caption)
         index += 1
+    return scenes
+
+
+class OrdinaryPairs(Sequence):
+    """(PIL image, caption) of ordinary scenes that no model of the testbed was trained on, drawn when asked for."""
+
+    def __init__(self, count: int, first: int = 80_000_000):
+        self.count, self.first = count, first  # the testbed's other models took theirs from 50, 60 and 70 million on
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scene = ordinary_scene(self.first + index, FIRST_SEED["held_out"])
+        return Image.fromarray(scene.draw()), scene.caption
+
+
+def related_scenes(caption: str, count: int) -> list[Scene]:
+    """Scenes that share exactly one object with a target's caption, each of its objects in turn; all else is random.
+
+    They are held out: what they look like, the model can only know from what it knows of the object.
+
+    Raises:
+        ValueError: no target has this caption.
+    """
+    (named,) = [p.scene.named for p in planned() if p.scene.caption == caption] or [()]
+    if not named:
+        raise ValueError(f"No target of the testbed has the caption {caption!r}.")
+    scenes, seed = [], FIRST_SEED["held_out"] + zlib.crc32(caption.encode())
+    while len(scenes) < count:
+        scene, shared = sample_scene(seed, num_named=2), named[len(scenes) % len(named)]
+        if not {s.name for s in scene.sprites} & set(named):
+            last = dataclasses.replace(scene.sprites[-1], name=shared)
+            told = (*scene.named[:-1], shared)
+            scenes.append(dataclasses.replace(scene, sprites=(*scene.sprites[:-1], last), named=told))
+        seed += 1
     return scenes
 
 

@@ -1,0 +1,229 @@
+"""Adversarial fine-tuning: train the model to give something else wherever DoRI finds the image.
+
+"Finding DoRI" (ICML 2026): pruning hides an image, because it closes the one way to it that the prompt takes, and the
+attack finds others. So at each step the attack is run first, against the weights as they are now, and what it finds is
+trained away:
+
+    L = L_DM + L_adv
+
+    L_DM    the model's own training loss on ordinary images and captions: what it must keep
+    L_adv   the same loss on a surrogate image under the trigger y_adv that DoRI has just found for the memorized one
+
+A surrogate is what a pruned model draws for the memorized prompt: it fits the caption and is no copy. An epoch is one
+pass over all pairs of target and surrogate. The ablation (`adversarial=False`) has the prompt's own embedding in the
+place of y_adv.
+
+Shapes: N targets, M surrogates of each; B pairs in a step, K draws of noise and timestep for each of them.
+"""
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .attack import AttackConfig, attack, denoising_loss, gradient_checkpointing
+from .audit import cached_embeddings, cached_generate
+from .edits import Edit, known_base
+from .fitting import Stage, fit, weights_in_training
+from .generation import encode_images, encode_pixels, encode_prompts, preprocess
+
+# Where adapters go, as in diffusers' and peft's examples for Stable Diffusion: all linear layers of the attention.
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings. The paper says: 50 steps of DoRI inside, all weights of the U-Net, 5 epochs; the rest is our choice."""
+
+    epochs: int = 5  # the paper's; one already helps much there
+    batch_size: int = 8  # B: targets attacked in a step, and ordinary images beside them. Not published
+    draws: int = 1  # K. Not published; 1 is usual
+    lr: float = 1e-5  # not published: diffusers' example of fine-tuning a whole U-Net
+    warmup: int = 10  # steps. Not published
+    weight_decay: float = 0.01  # not published: AdamW's default
+    adversarial_weight: float = 1.0  # the paper's sum has no weights
+    caption_dropout: float = 0.1  # of ordinary captions, for guidance: Stable Diffusion's own training
+    adversarial: bool = True  # False: the ablation
+    attack: AttackConfig = AttackConfig()  # the inner one
+    starts: tuple[str, ...] = ("prompt",)  # of the inner attack, step by step in turn; "noise" is N(0, I)
+    lora_rank: int | None = None  # adapters on the attention layers instead of all weights. The paper: this failed
+    ema: float = 0.0  # of the weights; 0: none
+    checkpointing: bool = False  # gradient checkpointing, for GPUs with little memory
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.epochs, self.batch_size, self.draws, len(self.starts)) < 1:
+            raise ValueError("epochs, batch_size, draws and the number of starts must be at least 1.")
+        if unknown := set(self.starts) - {"prompt", "noise"}:
+            raise ValueError(f"starts has {unknown}: it is made of 'prompt' and 'noise'.")
+
+
+def finetune(
+    pipe, targets, surrogates, ordinary, config=None, *, work=None, save_seconds=300, progress=True, callback=None
+) -> Edit:
+    """Fine-tune until the targets' images no longer come back.
+
+    Args:
+        pipe: a `StableDiffusionPipeline` in float32, without an edit applied to it.
+        targets: N `Target`s with an image.
+        surrogates: for each target M PIL images that it shall give instead.
+        ordinary: a sequence of (PIL image, caption); taken in order, and from the start again where it ends.
+        config: a `Config`.
+        work: folder for checkpoints, from which an interrupted run goes on; of this run alone.
+        save_seconds: between checkpoints.
+        callback: called after each epoch with {"epoch", "edit": the `Edit` so far}.
+
+    Returns:
+        One `Edit` for all targets.
+
+    Raises:
+        ValueError: as many surrogates as do not fit, no ordinary images, fewer pairs than a step takes, or half
+            precision.
+    """
+    config = config or Config()
+    pairs = Pairs(pipe, targets, surrogates, ordinary, config)
+    with _trainable(pipe, config) as changed:
+        loss_of = _loss(pipe, targets, surrogates, config)
+
+        def after_step(numbers):
+            done = numbers["step"] + 1
+            if callback is not None and done % pairs.steps_per_epoch == 0:
+                unet = pipe.unet if numbers["average"] is None else numbers["average"]
+                callback({"epoch": done // pairs.steps_per_epoch, "edit": changed(*about, unet)})
+
+        about = ("fine-tuning", asdict(config), targets)
+        stage = Stage(
+            steps=config.epochs * pairs.steps_per_epoch,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            warmup=config.warmup,
+            decay=0.0,
+            ema=config.ema,
+            weight_decay=config.weight_decay,
+        )
+        options = {"save_seconds": save_seconds, "log_every": 1, "progress": progress, "callback": after_step}
+        with gradient_checkpointing(pipe.unet, config.checkpointing):
+            unet = fit("fine-tuning", pipe.unet, pairs, loss_of, stage, work, config.seed, **options)
+        return changed(*about, unet)
+
+
+def find_surrogates(pipe, targets, edits, preset, store, sscd, count, most=0.5, first_seed=1000):
+    """What a pruned model draws for the targets' prompts, and is no copy: the first `count` such images of each.
+
+    Args:
+        edits: one pruning `Edit` for each target, as `nemo` or `wanda` gives it.
+        most: SSCD_Orig above which an image is no surrogate; below 0.7, as copies are not to be taught. Our choice.
+        first_seed: of twice as many seeds as are wanted; apart from those that MR is measured with.
+
+    Raises:
+        ValueError: a target for which there are not that many.
+    """
+    prompts, seeds = [target.prompt for target in targets], range(first_seed, first_seed + 2 * count)
+    images = cached_generate(pipe, prompts, seeds, preset, store, edits)
+    ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits)  # (N, S, D)
+    originals = sscd.embed([target.image for target in targets], preset.sscd_transform, progress=False)
+    chosen = []
+    for target, row, scores in zip(targets, images, np.einsum("nsd,nd->ns", ours, originals), strict=True):
+        chosen.append([image for image, score in zip(row, scores, strict=True) if score <= most][:count])
+        if len(chosen[-1]) < count:
+            raise ValueError(
+                f"{target.id}: of {len(row)} images by the pruned model only {len(chosen[-1])} are no copies (SSCD at "
+                f"most {most}), {count} are wanted. Prune more, ask for fewer, or leave this target out."
+            )
+    return chosen
+
+
+class Pairs(Dataset):
+    """What all steps take, in order: (ordinary pixels, caption, target's number, surrogate's number, step).
+
+    In an epoch every target comes with every surrogate of its own, all targets once before the first comes again. What
+    does not fill a step at an epoch's end is left out.
+    """
+
+    def __init__(self, pipe, targets, surrogates, ordinary, config):
+        if len(surrogates) != len(targets) or len({len(own) for own in surrogates}) != 1 or not surrogates[0]:
+            raise ValueError("surrogates: for each target a list of images, all of one length and none of them empty.")
+        if len(ordinary) == 0:
+            raise ValueError("No ordinary images: without them the model forgets everything else.")
+        pairs = len(targets) * len(surrogates[0])
+        if pairs < config.batch_size:
+            raise ValueError(f"{pairs} pairs of target and surrogate are fewer than a step takes, {config.batch_size}.")
+        self.steps_per_epoch = pairs // config.batch_size
+        self.pipe, self.ordinary, self.batch_size = pipe, ordinary, config.batch_size
+        rng, order = np.random.default_rng(config.seed), []
+        for _ in range(config.epochs):
+            columns = np.stack([rng.permutation(len(surrogates[0])) for _ in targets])  # (N, M)
+            epoch = [(i, columns[i, m]) for m in range(columns.shape[1]) for i in rng.permutation(len(targets))]
+            order += epoch[: self.steps_per_epoch * config.batch_size]
+        self.order = order
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, index):
+        image, caption = self.ordinary[index % len(self.ordinary)]
+        target, surrogate = self.order[index]
+        return preprocess(self.pipe, image), caption, int(target), int(surrogate), index // self.batch_size
+
+
+def _loss(pipe, targets, surrogates, config):
+    """loss_of for `fit`: L_DM + L_adv of a step, after the attack."""
+    wanted = torch.stack([encode_images(pipe, own) for own in surrogates])  # (N, M, C, H, W)
+    prompts = encode_prompts(pipe, [target.prompt for target in targets])
+
+    def loss_of(unet, batch, generator):
+        pixels, captions, chosen, which, (step, *_) = batch
+        embeds = prompts[chosen]
+        if config.adversarial:
+            embeds = _triggers(pipe, [targets[i] for i in chosen.tolist()], int(step), config)
+        dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+        latents = torch.cat([encode_pixels(pipe, pixels), wanted[chosen, which]]).repeat(config.draws, 1, 1, 1)
+        embeds = torch.cat([encode_prompts(pipe, captions), embeds]).repeat(config.draws, 1, 1)  # (K * 2B, T, D)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+        losses = denoising_loss(pipe, latents, embeds.to(latents), noise, timesteps.to(latents.device))
+        keep, adversarial = losses.unflatten(0, (config.draws, 2, -1)).mean(dim=(0, 2))
+        return keep + config.adversarial_weight * adversarial, {"L_DM": keep.item(), "L_adv": adversarial.item()}
+
+    return loss_of
+
+
+def _triggers(pipe, targets, step, config):
+    """y_adv (B, T, D): what DoRI finds against the weights as they are at this step."""
+    attacked = replace(config.attack, start=config.starts[step % len(config.starts)], record=())
+    trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)  # the attack needs gradients of embeddings alone
+    found = attack(pipe, targets, attacked, seeds=[step] * len(targets), progress=False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return found.prompt_embeds
+
+
+@contextmanager
+def _trainable(pipe, config):
+    """`weights_in_training` of all weights, or of adapters beside them, which leave with it."""
+    if config.lora_rank is None:
+        with weights_in_training(pipe) as changed:
+            yield changed
+        return
+    from peft import LoraConfig
+
+    torch.manual_seed(config.seed)  # adapters begin at random
+    layers = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_LAYERS)
+    with known_base(pipe) as base:
+        pipe.unet.add_adapter(layers)
+
+        def changed(method, about, targets, unet=pipe.unet):
+            modules = dict(unet.named_modules())
+            adapted = {name: module for name, module in modules.items() if hasattr(module, "get_delta_weight")}
+            deltas = {f"{name}.weight": m.get_delta_weight("default").detach().cpu() for name, m in adapted.items()}
+            return Edit(method, base, about, [target.id for target in targets], deltas=deltas)
+
+        try:
+            yield changed
+        finally:
+            pipe.unet.unload_lora()
