@@ -398,7 +398,8 @@ def cached_training(train, pipe, targets, config, store, name, **data) -> list[E
     work = store.folder / "training" / hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32]
 
     def keep(found: dict) -> None:
-        found["edit"].save(work / f"epoch {found['epoch']}.safetensors")
+        if "epoch" in found:
+            found["edit"].save(work / f"epoch {found['epoch']}.safetensors")
 
     def compute(chosen: list[dict]) -> list[dict]:
         work.mkdir(parents=True, exist_ok=True)
