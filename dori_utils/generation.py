@@ -168,20 +168,27 @@ def decode(pipe, latents):
     return pipe.image_processor.postprocess(sample, output_type="pt")
 
 
-@torch.no_grad()
-def encode_images(pipe, images):
-    """Clean latents (N, C, H, W) float32 of N PIL images, scaled as the U-Net knows them.
-
-    Images of another size are resized to the model's. Where the VAE gives a distribution, this is its mean: training
-    draws from it, but its spread is small beside the noise that follows.
-    """
+def preprocess(pipe, image):
+    """A PIL image as the VAE takes it: (3, H, W) in [-1, 1], resized to the model's size."""
     height, width = [side * pipe.vae_scale_factor for side in latent_size(pipe)]
-    device, dtype, latents = pipe.vae.device, pipe.vae.dtype, []
-    for image in images:
-        pixels = pipe.image_processor.preprocess(image.convert("RGB"), height, width)  # (1, 3, H, W) in [-1, 1]
-        encoded = pipe.vae.encode(pixels.to(device, dtype))
-        latents.append(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode())
-    return torch.cat(latents).float() * pipe.vae.config.scaling_factor
+    return pipe.image_processor.preprocess(image.convert("RGB"), height, width)[0]
+
+
+@torch.no_grad()
+def encode_pixels(pipe, pixels):
+    """Pixels (N, 3, H, W) in [-1, 1] to clean latents (N, C, H, W) float32, scaled as the U-Net knows them.
+
+    Where the VAE gives a distribution, this is its mean: training draws from it, but its spread is small beside the
+    noise that follows.
+    """
+    encoded = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype))
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents.float() * pipe.vae.config.scaling_factor
+
+
+def encode_images(pipe, images):
+    """Clean latents (N, C, H, W) float32 of N PIL images of any size, see `preprocess` and `encode_pixels`."""
+    return torch.cat([encode_pixels(pipe, preprocess(pipe, image)[None]) for image in images])
 
 
 def _embeddings(pipe, prompts, prompt_embeds, truncate):
