@@ -149,8 +149,8 @@ def weights_in_training(pipe, pattern: str = ""):
         pattern: regular expression; only parameters whose name it fits take a gradient. Default: all.
 
     Yields:
-        changed(method, config, targets, unet=None): the `Edit` of what has changed so far, in the pipeline's U-Net or in
-        another of the same shape, such as a moving average.
+        changed(method, config, targets, unet): the `Edit` of what has changed so far; unet is the pipeline's by
+        default, or another of the same shape, such as a moving average.
 
     Raises:
         ValueError: weights in half precision, or no parameter has a name that fits.
