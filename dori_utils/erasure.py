@@ -52,7 +52,7 @@ VARIANTS = {"x": r"\.attn2\.", "u": r"^(?!.*\.attn2\.)"}  # of ESD: names of the
 
 @dataclass(frozen=True)
 class ESDConfig:
-    """Settings of `esd`; "paper" is its section 5, "code" the authors' first one, that the paper was made with."""
+    """Settings of `esd`; "paper" is its section 5, "code" the authors' first code."""
 
     variant: str = "x"  # paper: x, cross-attention, for what the prompt names; u, all the rest, for what it need not
     eta: float = 1.0  # paper: "ESD-x" alone means 1
@@ -100,8 +100,9 @@ class SISSConfig:
     """Settings of `siss`; those of the authors' code for Stable Diffusion v1.4."""
 
     mixture: float = 0.5  # lambda: share of latents that are drawn around the image to forget
-    scaling_norm: float | None = 750.0  # length of the second term's gradient, of a loss summed over C, H, W. Of this
-    # model and latent size: they advise a tenth of the first term's. None: that, measured at each step (our choice)
+    # Length of the second term's gradient, for losses summed over C, H, W. It belongs to that model: their advice is a
+    # tenth of the first term's. None: that tenth, measured at each step, which is our choice for other models.
+    scaling_norm: float | None = 750.0
     steps: int = 35
     batch_size: int = 16  # by accumulation
     lr: float = 1e-5
