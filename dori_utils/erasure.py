@@ -47,7 +47,9 @@ from .fitting import Stage, fit, weights_in_training
 from .generation import denoise, encode_images, encode_pixels, encode_prompts, generate, latent_size, preprocess
 from .similarity import sscd_scores
 
-VARIANTS = {"x": r"\.attn2\.", "u": r"^(?!.*\.attn2\.)"}  # of ESD: names of the parameters that are trained
+# Of ESD: names of the parameters that are trained. The authors' first code spares the time embedding and the output
+# layers in "u" as well; their paper and later code do not say so.
+VARIANTS = {"x": r"\.attn2\.", "u": r"^(?!.*\.attn2\.)"}
 
 
 @dataclass(frozen=True)
