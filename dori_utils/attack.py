@@ -199,17 +199,26 @@ def denoising_loss(pipe, latents, prompt_embeds, noise, timesteps):
     Raises:
         ValueError: a model that predicts neither noise nor v.
     """
+    noisy, wanted = noised(pipe, latents, noise, timesteps)
+    return (predict(pipe.unet, noisy, timesteps, prompt_embeds) - wanted).square().mean(dim=(1, 2, 3))
+
+
+def noised(pipe, latents, noise, timesteps):
+    """x_t (N, C, H, W), and what the model was trained to predict there, noise or v; arguments of `denoising_loss`."""
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise ValueError(f"DoRI knows models that predict 'epsilon' or 'v_prediction', not {kind!r}.")
-    noisy = scheduler.add_noise(latents, noise, timesteps)  # x_t
     wanted = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-    dtype = pipe.unet.dtype
-    output = pipe.unet(noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample
-    return (output.float() - wanted).square().mean(dim=(1, 2, 3))
+    return scheduler.add_noise(latents, noise, timesteps), wanted
+
+
+def predict(unet, noisy, timesteps, prompt_embeds):
+    """What the U-Net predicts for x_t (N, C, H, W), in float32."""
+    dtype = unet.dtype
+    return unet(noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample.float()
 
 
 def _optimise(pipe, targets, edits, embeds, generators, cases, config, first, stop, callback, on_step):

@@ -67,3 +67,13 @@ def test_the_archive_holds_what_the_list_names_with_its_licence():
     assert all(sprite.size == (sprites.SIDE, sprites.SIDE) for sprite in scenes.load_sprites().values())
     licence = zipfile.ZipFile(sprites.ARCHIVE).read("LICENSE.txt").decode()
     assert "MIT License" in licence and "Microsoft" in licence and "fluent-emoji-3d 1.1.0" in licence
+
+
+def test_paraphrases_have_the_words_of_the_caption_and_no_others():
+    caption = "a hot dog and some grapes on a dotted background"
+    others = scenes.paraphrases(caption)
+    assert others[0] == "some grapes and a hot dog on a dotted background"
+    assert len({caption, *others}) == 8
+    assert all(set(other.split()) <= set(caption.split()) for other in others)
+    with pytest.raises(ValueError, match="two named sprites"):
+        scenes.paraphrases("an owl on a plain background")

@@ -76,6 +76,17 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeio' or name == 'umbrella' else 'a'} {name}"
 
 
+def paraphrases(caption: str) -> list[str]:
+    """Other captions for a scene with two named sprites, in the same words: in another order, or with one fact less."""
+    named, _, background = caption.rpartition(" on ")
+    first, _, second = named.partition(" and ")
+    if not second:
+        raise ValueError(f"{caption!r} is no caption of a scene with two named sprites.")
+    pairs = [f"{second} and {first}", f"{first} and {second}"]
+    reordered = [f"{pairs[0]} on {background}", *(f"{background} and {pair}" for pair in pairs)]
+    return reordered + pairs + [f"{one} on {background}" for one in (first, second)]
+
+
 def sample_scene(seed: int, num_sprites: int | None = None, num_named: int | None = None) -> Scene:
     """The scene of that seed. num_sprites (2 to 4) and num_named (1 or 2) are drawn too, unless given."""
     rng = np.random.default_rng(seed)
