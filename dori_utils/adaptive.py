@@ -46,7 +46,7 @@ def time_to_copy(pipe, targets, config, sscd, transform, *, edits=None, progress
         targets: N `Target`s with an image.
         config: a `Config`.
         sscd: of `similarity.load_sscd`; transform: a name in `similarity.TRANSFORMS`.
-        edits: None, or one `Edit` or None for each target; different ones only of linear layers.
+        edits: None, or one `Edit` or None for each target.
 
     Returns:
         For each target a dict: work (evaluations of the U-Net until its first copy, or the whole budget), copied,

@@ -381,19 +381,20 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
     return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=32, progress=False)]
 
 
-def cached_training(train, pipe, targets, config, store, name, **data) -> list[Edit]:
+def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
     """An edit by a mitigation that trains, such as `finetuning.finetune`, from the store; interrupted, it goes on.
 
     Args:
-        train: called as train(pipe, targets, **data, config=config, work=folder, callback=...).
-        name: of the data, which are no part of the key otherwise: change it when they change.
-        data: what else train takes, such as surrogates and ordinary images.
+        train: called as train(pipe, targets, config=config, work=folder, callback=function, **data).
+        data: what else it takes, such as surrogates and ordinary images; counts for the case. Of a sequence that is not
+            a list, and so may draw its items when asked for, only its length, first and last item do.
 
     Returns:
         The edits after each epoch, the last one being the result; a single one from a function without epochs.
     """
     key = {"what": f"{train.__module__}.{train.__name__}", "config": asdict(config), "model": base_hash(pipe)}
-    key |= _beside_weights(pipe) | {"targets": [[t.id, t.prompt] for t in targets], "data": name}
+    key |= _beside_weights(pipe) | {"targets": [[t.id, t.prompt] for t in targets]}
+    key |= {"data": {name: _data_hash(value) for name, value in data.items()}}
     epochs = range(1, getattr(config, "epochs", 1) + 1)
     work = store.folder / "training" / hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32]
 
@@ -403,13 +404,23 @@ def cached_training(train, pipe, targets, config, store, name, **data) -> list[E
 
     def compute(chosen: list[dict]) -> list[dict]:
         work.mkdir(parents=True, exist_ok=True)
-        last = train(pipe, targets, **data, config=config, work=work, callback=keep)
+        last = train(pipe, targets, config=config, work=work, callback=keep, **data)
         last.save(work / f"epoch {epochs[-1]}.safetensors")
         return [Edit.load(work / f"epoch {case['epoch']}.safetensors").to_arrays() for case in chosen]
 
     results = store.map([key | {"epoch": epoch} for epoch in epochs], compute, len(epochs), progress=False)
-    shutil.rmtree(work, ignore_errors=True)  # its checkpoint; the edits are in the store now
+    shutil.rmtree(work, ignore_errors=True)  # checkpoint and copies: the edits are in the store now
     return [Edit.from_arrays(arrays) for arrays in results]
+
+
+def _data_hash(value) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Image.Image):
+        return _hash(torch.from_numpy(np.array(value.convert("RGB"))))
+    if isinstance(value, list | tuple):
+        return hashlib.sha256(repr([_data_hash(item) for item in value]).encode()).hexdigest()[:32]
+    return _data_hash([str(len(value)), *value[0], *value[len(value) - 1]])
 
 
 def provenance(pipe, preset, sscd=None, clip=None) -> dict:

@@ -47,8 +47,7 @@ def generate(
         seeds: S integers; a seed is the same initial noise for every prompt.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 or less goes without it.
-        edits: one `Edit` or None for each prompt, under which its images are generated; default: none. Where prompts of
-            one batch have different ones, those can only be of linear layers.
+        edits: one `Edit` or None for each prompt, under which its images are generated; default: none.
         batch_size: images that go through the U-Net together; default: what fits the device's memory.
         truncate: cut prompts that are too long (with a warning) instead of raising.
         progress: show a progress bar.

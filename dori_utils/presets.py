@@ -6,7 +6,7 @@ where nobody published it, our choice and why.
 
 from dataclasses import dataclass
 
-from . import locality, nemo, wanda
+from . import adaptive, erasure, finetuning, locality, nemo, wanda
 from .attack import AttackConfig
 
 
@@ -27,6 +27,16 @@ class Preset:
     long_attack: AttackConfig  # on images that the model has never seen: when does it find those?
     long_controls: int  # how many of those
     locality: locality.Config  # triggers from random starts, of notebooks 04 to 06
+    quick_attack: AttackConfig  # DoRI where many settings are compared, in notebooks 07 to 09
+    sparsities: tuple[float, ...]  # of Wanda, in notebook 07
+    compared_targets: int  # memorized images in notebooks 07 and 09, and as many controls
+    related_captions: int  # for each memorized prompt, captions that share an object with it
+    surrogates: int  # what fine-tuning has each memorized prompt give instead
+    finetuning: finetuning.Config
+    esd: erasure.ESDConfig
+    ablation: erasure.AblationConfig
+    siss: erasure.SISSConfig
+    adaptive: adaptive.Config
     searched_draws: int | None = None  # of each part of the testbed's training, in notebook 01; None: all
 
     @property
@@ -73,6 +83,38 @@ PRESETS = {
             nemo_seeds=4,  # a third of the time of ten, and the same agreement (IoU 0.15 against 0.16)
             timesteps=6,
         ),
+        # A quarter of the draws costs a quarter of the time; see `locality` for how little it loses.
+        quick_attack=AttackConfig(batch_size=2),
+        sparsities=(0.005, 0.02, 0.05, 0.1, 0.2),
+        compared_targets=8,
+        related_captions=2,
+        surrogates=8,
+        # Each of 40 steps attacks all 16 targets, with one draw instead of eight: it is most of the time even so.
+        # Learning rates: this model was trained at 4e-4 to 7e-4, Stable Diffusion at 1e-4.
+        finetuning=finetuning.Config(batch_size=16, draws=4, lr=3e-4, attack=AttackConfig(batch_size=1)),
+        # Erasure: learning rates by the rule of notebook 02, the least that brings MR under the prompts to 0.25.
+        esd=erasure.ESDConfig(steps=100, batch_size=8, lr=1e-4, num_inference_steps=10),
+        ablation=erasure.AblationConfig(
+            steps=60,
+            batch_size=16,
+            lr=1e-4,
+            images=16,
+            anchors=4,
+            checked=2,
+            guidance_scale=3.0,
+            num_inference_steps=10,
+        ),
+        siss=erasure.SISSConfig(scaling_norm=None, batch_size=8, lr=1e-4, first_timestep=0),
+        adaptive=adaptive.Config(
+            attempts=(
+                AttackConfig(steps=250, batch_size=1),
+                AttackConfig(steps=250, batch_size=1, lr=0.2, start="noise"),
+                AttackConfig(steps=250, batch_size=2, lr=0.05),
+            ),
+            seeds=(0, 1),
+            num_inference_steps=6,
+            guidance_scale=1.0,
+        ),
     ),
     "smoke": Preset(  # whether everything runs: three steps and two seeds give pictures of nothing
         model="testbed",
@@ -102,6 +144,24 @@ PRESETS = {
             nemo_seeds=2,
             timesteps=2,
         ),
+        quick_attack=AttackConfig(steps=2, batch_size=1),
+        sparsities=(0.01, 0.2),
+        compared_targets=2,
+        related_captions=1,
+        surrogates=2,
+        finetuning=finetuning.Config(epochs=2, batch_size=2, lr=1e-4, attack=AttackConfig(steps=1, batch_size=1)),
+        esd=erasure.ESDConfig(steps=2, batch_size=2, num_inference_steps=2),
+        ablation=erasure.AblationConfig(
+            steps=2, batch_size=2, images=2, anchors=1, checked=1, threshold=1.0, num_inference_steps=2
+        ),
+        siss=erasure.SISSConfig(steps=2, batch_size=2, scaling_norm=None, first_timestep=0),
+        adaptive=adaptive.Config(
+            attempts=(AttackConfig(steps=2, batch_size=1), AttackConfig(steps=2, batch_size=1, start="noise")),
+            checks=(1, 2),
+            seeds=(0,),
+            num_inference_steps=2,
+            guidance_scale=1.0,
+        ),
         searched_draws=1000,
     ),
     "paper": Preset(
@@ -118,5 +178,15 @@ PRESETS = {
         long_attack=AttackConfig(steps=500, record=(50, 100, 200, 500)),
         long_controls=500,
         locality=locality.Config(),
+        quick_attack=AttackConfig(),
+        sparsities=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+        compared_targets=112,  # all VM prompts
+        related_captions=4,
+        surrogates=10,
+        finetuning=finetuning.Config(checkpointing=True),
+        esd=erasure.ESDConfig(),
+        ablation=erasure.AblationConfig(),
+        siss=erasure.SISSConfig(),
+        adaptive=adaptive.Config(),
     ),
 }

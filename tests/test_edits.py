@@ -182,14 +182,58 @@ def test_gradients_reach_the_embeddings_through_edits_by_row(sd1):
     assert (embeds.grad.abs().sum((1, 2)) > 0).all()
 
 
-def test_rows_cannot_differ_in_convolutions(sd1):
-    edit = Edit("fine-tuning", base_hash(sd1), deltas={"conv_in.bias": torch.ones(8)})
-    with pytest.raises(ValueError, match="conv_in is a Conv2d"), applied_by_row(sd1, [edit, None]):
-        pass
-    before = sd1.unet.conv_in.bias.clone()
-    with applied_by_row(sd1, [edit, edit]):  # rows that do not differ may
-        torch.testing.assert_close(sd1.unet.conv_in.bias, before + 1)
-    assert torch.equal(sd1.unet.conv_in.bias, before)
+def convolution_moved(pipe, seed):
+    delta = torch.randn(parameter(pipe, "conv_in.weight").shape, generator=torch.Generator().manual_seed(seed))
+    return Edit(
+        "fine-tuning", base_hash(pipe), deltas={"conv_in.weight": delta, ROWS: torch.ones_like(parameter(pipe, ROWS))}
+    )
+
+
+@torch.no_grad()
+def test_rows_may_differ_in_any_layer(pipe):
+    edits, before = [convolution_moved(pipe, 0), None, convolution_moved(pipe, 1), weights_off(pipe)], model_hash(pipe)
+    embeds, noise = encode_prompts(pipe, ["a cat"] * 4), initial_latents(pipe, range(4))
+    timesteps = torch.tensor([10, 200, 500, 900])
+    with applied_by_row(pipe, edits):
+        once = pipe.unet(noise, timesteps, encoder_hidden_states=embeds).sample
+        doubled = [part.repeat(2, *[1] * (part.ndim - 1)) for part in (noise, timesteps, embeds)]
+        twice = pipe.unet(*doubled, return_dict=False)[0]
+        assert model_hash(pipe) == before
+    for row, edit in enumerate(edits):
+        with applied(pipe, edit):
+            alone = pipe.unet(noise[row : row + 1], timesteps[row], encoder_hidden_states=embeds[row : row + 1]).sample[
+                0
+            ]
+        for together in (once[row], twice[row], twice[row + 4]):
+            torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(pipe.unet) and model_hash(pipe) == before
+
+
+def test_gradients_through_edits_of_any_layer_are_those_of_each_edit_alone(sd1):
+    edits, noise = [convolution_moved(sd1, 0), convolution_moved(sd1, 1)], initial_latents(sd1, [0, 1])
+    embeds = encode_prompts(sd1, ["a cat", "a dog"]).clone().requires_grad_(True)
+    with applied_by_row(sd1, edits):
+        loss = sd1.unet(noise, 500, encoder_hidden_states=embeds).sample.square().sum()
+    (together,) = torch.autograd.grad(loss, embeds)  # behind the edits, as in a loss that is summed up later
+    for row, edit in enumerate(edits):
+        with applied(sd1, edit):
+            alone = (
+                sd1.unet(noise[row : row + 1], 500, encoder_hidden_states=embeds[row : row + 1]).sample.square().sum()
+            )
+            torch.testing.assert_close(torch.autograd.grad(alone, embeds)[0][row], together[row], rtol=1e-3, atol=1e-5)
+
+
+def test_rows_that_differ_in_convolutions_go_without_gradient_checkpointing(sd1):
+    edit, before = convolution_moved(sd1, 0), sd1.unet.conv_in.weight.clone()
+    sd1.unet.enable_gradient_checkpointing()
+    try:
+        with pytest.raises(ValueError, match="not with gradient checkpointing"), applied_by_row(sd1, [edit, None]):
+            pass
+        with applied_by_row(sd1, [edit, edit]):  # rows that do not differ may
+            assert not torch.equal(sd1.unet.conv_in.weight, before)
+    finally:
+        sd1.unet.disable_gradient_checkpointing()
+    assert torch.equal(sd1.unet.conv_in.weight, before)
 
 
 def test_a_fingerprint_is_of_the_weights_alone(sd1):
