@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from . import __version__
+from .adaptive import time_to_copy
 from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash
@@ -411,6 +412,36 @@ def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
     results = store.map([key | {"epoch": epoch} for epoch in epochs], compute, len(epochs), progress=False)
     shutil.rmtree(work, ignore_errors=True)  # checkpoint and copies: the edits are in the store now
     return [Edit.from_arrays(arrays) for arrays in results]
+
+
+def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd.DataFrame:
+    """`adaptive.time_to_copy`, one target a case of the store.
+
+    Args:
+        config: an `adaptive.Config`.
+        edits: None, or one `Edit` or None for each target.
+
+    Returns:
+        A row for each target: target, work, copied, attempt, steps, sscd.
+    """
+    edits = list(edits) if edits else [None] * len(targets)
+    fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit} | {None: None}
+    key = {"what": "adaptive attack", "config": asdict(config), "model": base_hash(pipe), **_beside_weights(pipe)}
+    key |= {"sscd": sscd.name, "transform": repr(TRANSFORMS[transform])}
+    cases, by_case = [], {}
+    for i, (target, edit) in enumerate(zip(targets, edits, strict=True)):
+        case = key | {"target": target.id, "prompt": target.prompt, "image": _data_hash(target.image)}
+        cases.append(case | {"edit": fingerprints[edit]})
+        by_case[canonical_json(cases[-1])] = i
+
+    def compute(chosen: list[dict]) -> list[dict]:
+        numbers = [by_case[canonical_json(case)] for case in chosen]
+        own = [edits[i] for i in numbers]
+        return time_to_copy(pipe, [targets[i] for i in numbers], config, sscd, transform, edits=own)
+
+    results = store.map(cases, compute, batch_size=32, progress=False)
+    table = pd.DataFrame([{name: value.item() for name, value in result.items()} for result in results])
+    return table.assign(target=[target.id for target in targets])
 
 
 def _data_hash(value) -> str:
