@@ -13,7 +13,8 @@ A surrogate is what a pruned model draws for the memorized prompt: it fits the c
 pass over all pairs of target and surrogate. The ablation (`adversarial=False`) has the prompt's own embedding in the
 place of y_adv.
 
-Shapes: N targets, M surrogates of each; B pairs in a step, K draws of noise and timestep for each of them.
+Shapes: N targets, M surrogates of each; B pairs in a step, K draws of noise and timestep for each of them, and as many
+ordinary images.
 """
 
 from contextlib import contextmanager
@@ -38,10 +39,11 @@ class Config:
     """Settings. The paper says: 50 steps of DoRI inside, all weights of the U-Net, 5 epochs; the rest is our choice."""
 
     epochs: int = 5  # the paper's; one already helps much there
-    batch_size: int = 8  # B: targets attacked in a step, and ordinary images beside them. Not published
-    draws: int = 1  # K. Not published; 1 is usual
+    batch_size: int = 8  # B: targets attacked in a step. Not published
+    draws: int = 1  # K: draws for each trigger, and ordinary images for each of them, B * K in a step. Not published
     lr: float = 1e-5  # not published: diffusers' example of fine-tuning a whole U-Net
     warmup: int = 10  # steps. Not published
+    decay: float = 0.5  # share of the steps over which lr falls to zero. Not published
     weight_decay: float = 0.01  # not published: AdamW's default
     adversarial_weight: float = 1.0  # the paper's sum has no weights
     caption_dropout: float = 0.1  # of ordinary captions, for guidance: Stable Diffusion's own training
@@ -99,7 +101,7 @@ def finetune(
             batch_size=config.batch_size,
             lr=config.lr,
             warmup=config.warmup,
-            decay=0.0,
+            decay=config.decay,
             ema=config.ema,
             weight_decay=config.weight_decay,
         )
@@ -136,7 +138,7 @@ def find_surrogates(pipe, targets, edits, preset, store, sscd, count, most=0.5, 
 
 
 class Pairs(Dataset):
-    """What all steps take, in order: (ordinary pixels, caption, target's number, surrogate's number, step).
+    """What all steps take, in order: (K ordinary images, their captions, target's number, surrogate's number, step).
 
     In an epoch every target comes with every surrogate of its own, all targets once before the first comes again. What
     does not fill a step at an epoch's end is left out.
@@ -151,7 +153,7 @@ class Pairs(Dataset):
         if pairs < config.batch_size:
             raise ValueError(f"{pairs} pairs of target and surrogate are fewer than a step takes, {config.batch_size}.")
         self.steps_per_epoch = pairs // config.batch_size
-        self.pipe, self.ordinary, self.batch_size = pipe, ordinary, config.batch_size
+        self.pipe, self.ordinary, self.config = pipe, ordinary, config
         rng, order = np.random.default_rng(config.seed), []
         for _ in range(config.epochs):
             columns = np.stack([rng.permutation(len(surrogates[0])) for _ in targets])  # (N, M)
@@ -163,9 +165,11 @@ class Pairs(Dataset):
         return len(self.order)
 
     def __getitem__(self, index):
-        image, caption = self.ordinary[index % len(self.ordinary)]
-        target, surrogate = self.order[index]
-        return preprocess(self.pipe, image), caption, int(target), int(surrogate), index // self.batch_size
+        draws, (target, surrogate) = self.config.draws, self.order[index]
+        numbers = range(index * draws, (index + 1) * draws)
+        images, captions = zip(*(self.ordinary[n % len(self.ordinary)] for n in numbers), strict=True)
+        pixels = torch.stack([preprocess(self.pipe, image) for image in images])
+        return pixels, list(captions), int(target), int(surrogate), index // self.config.batch_size
 
 
 def _loss(pipe, targets, surrogates, config):
@@ -178,14 +182,18 @@ def _loss(pipe, targets, surrogates, config):
         embeds = prompts[chosen]
         if config.adversarial:
             embeds = _triggers(pipe, [targets[i] for i in chosen.tolist()], int(step), config)
+        ordinary = encode_pixels(
+            pipe, pixels.transpose(0, 1).flatten(0, 1)
+        )  # (B, K, ...) → (K * B, ...), as captions are
+        captions = [caption for of_draw in captions for caption in of_draw]
         dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        latents = torch.cat([encode_pixels(pipe, pixels), wanted[chosen, which]]).repeat(config.draws, 1, 1, 1)
-        embeds = torch.cat([encode_prompts(pipe, captions), embeds]).repeat(config.draws, 1, 1)  # (K * 2B, T, D)
+        latents = torch.cat([ordinary, wanted[chosen, which].repeat(config.draws, 1, 1, 1)])  # (2 * K * B, C, H, W)
+        embeds = torch.cat([encode_prompts(pipe, captions), embeds.repeat(config.draws, 1, 1)])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
         losses = denoising_loss(pipe, latents, embeds.to(latents), noise, timesteps.to(latents.device))
-        keep, adversarial = losses.unflatten(0, (config.draws, 2, -1)).mean(dim=(0, 2))
+        keep, adversarial = losses.unflatten(0, (2, -1)).mean(dim=1)
         return keep + config.adversarial_weight * adversarial, {"L_DM": keep.item(), "L_adv": adversarial.item()}
 
     return loss_of

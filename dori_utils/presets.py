@@ -91,7 +91,7 @@ PRESETS = {
         surrogates=8,
         # Each of 40 steps attacks all 16 targets, with one draw instead of eight: it is most of the time even so.
         # Learning rates: this model was trained at 4e-4 to 7e-4, Stable Diffusion at 1e-4.
-        finetuning=finetuning.Config(batch_size=16, draws=4, lr=3e-4, attack=AttackConfig(batch_size=1)),
+        finetuning=finetuning.Config(batch_size=16, draws=4, lr=1e-4, attack=AttackConfig(batch_size=1)),
         # Erasure: learning rates by the rule of notebook 02, the least that brings MR under the prompts to 0.25.
         esd=erasure.ESDConfig(steps=100, batch_size=8, lr=1e-4, num_inference_steps=10),
         ablation=erasure.AblationConfig(

@@ -24,7 +24,7 @@ ORDINARY = [
     (Image.new("RGB", (64, 64), color), f"the {word}")
     for color, word in zip(COLORS, ["violin", "guitar", "car"] * 2, strict=True)
 ]
-QUICK = Config(epochs=2, batch_size=2, lr=1e-3, warmup=0, attack=AttackConfig(steps=2, batch_size=1))
+QUICK = Config(epochs=2, batch_size=2, lr=1e-3, warmup=0, decay=0.0, attack=AttackConfig(steps=2, batch_size=1))
 
 
 class Killed(Exception):
@@ -53,7 +53,13 @@ def test_an_epoch_is_every_surrogate_of_every_target_once(sd1):
 
 def test_ordinary_images_come_in_order_and_again(sd1):
     pairs = Pairs(sd1, TARGETS, SURROGATES, ORDINARY[:3], QUICK)
-    assert [pairs[i][1] for i in range(5)] == ["the violin", "the guitar", "the car", "the violin", "the guitar"]
+    assert [pairs[i][1][0] for i in range(5)] == ["the violin", "the guitar", "the car", "the violin", "the guitar"]
+
+
+def test_there_are_as_many_ordinary_images_as_draws(sd1):
+    pairs = Pairs(sd1, TARGETS, SURROGATES, ORDINARY, replace(QUICK, draws=2))
+    assert pairs[0][1] + pairs[1][1] == ["the violin", "the guitar", "the car", "the violin"]
+    assert pairs[0][0].shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
