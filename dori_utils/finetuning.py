@@ -105,7 +105,8 @@ def finetune(
             ema=config.ema,
             weight_decay=config.weight_decay,
         )
-        options = {"save_seconds": save_seconds, "log_every": 1, "progress": progress, "callback": after_step}
+        options = {"workers": 0, "save_seconds": save_seconds, "log_every": 1, "progress": progress}
+        options["callback"] = after_step
         with gradient_checkpointing(pipe.unet, config.checkpointing):
             unet = fit("fine-tuning", pipe.unet, pairs, loss_of, stage, work, config.seed, **options)
         return changed(*about, unet)
