@@ -379,7 +379,7 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
         found = localize_each(pipe, [targets[i] for i in numbers], config=config, **embeds, **kwargs)
         return [edit.to_arrays() for edit in found]
 
-    return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=32, progress=False)]
+    return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=64, progress=False)]
 
 
 def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:

@@ -364,7 +364,7 @@ class KeptPairs(Dataset):
     def __getitem__(self, index):
         number = self.order[index]
         image, caption = self.ordinary[index % len(self.ordinary)]
-        return number, preprocess(self.pipe, image), caption, caption == self.targets[number].prompt
+        return number, preprocess(self.pipe, image)[0], caption, caption == self.targets[number].prompt
 
 
 def _explained(pipe, clean, m_t, timesteps, predicted):

@@ -169,7 +169,7 @@ class Pairs(Dataset):
         draws, (target, surrogate) = self.config.draws, self.order[index]
         numbers = range(index * draws, (index + 1) * draws)
         images, captions = zip(*(self.ordinary[n % len(self.ordinary)] for n in numbers), strict=True)
-        pixels = torch.stack([preprocess(self.pipe, image) for image in images])
+        pixels = torch.cat([preprocess(self.pipe, image) for image in images])
         return pixels, list(captions), int(target), int(surrogate), index // self.config.batch_size
 
 

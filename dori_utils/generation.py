@@ -168,9 +168,9 @@ def decode(pipe, latents):
 
 
 def preprocess(pipe, image):
-    """A PIL image as the VAE takes it: (3, H, W) in [-1, 1], resized to the model's size."""
+    """A PIL image as the VAE takes it: (1, 3, H, W) in [-1, 1], resized to the model's size."""
     height, width = [side * pipe.vae_scale_factor for side in latent_size(pipe)]
-    return pipe.image_processor.preprocess(image.convert("RGB"), height, width)[0]
+    return pipe.image_processor.preprocess(image.convert("RGB"), height, width)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def encode_pixels(pipe, pixels):
 
 def encode_images(pipe, images):
     """Clean latents (N, C, H, W) float32 of N PIL images of any size, see `preprocess` and `encode_pixels`."""
-    return torch.cat([encode_pixels(pipe, preprocess(pipe, image)[None]) for image in images])
+    return torch.cat([encode_pixels(pipe, preprocess(pipe, image)) for image in images])
 
 
 def _embeddings(pipe, prompts, prompt_embeds, truncate):
