@@ -183,9 +183,8 @@ def _loss(pipe, targets, surrogates, config):
         embeds = prompts[chosen]
         if config.adversarial:
             embeds = _triggers(pipe, [targets[i] for i in chosen.tolist()], int(step), config)
-        ordinary = encode_pixels(
-            pipe, pixels.transpose(0, 1).flatten(0, 1)
-        )  # (B, K, ...) → (K * B, ...), as captions are
+        pixels = pixels.transpose(0, 1).flatten(0, 1)  # (B, K, 3, H, W) → (K * B, 3, H, W), in the captions' order
+        ordinary = encode_pixels(pipe, pixels)
         captions = [caption for of_draw in captions for caption in of_draw]
         dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]

@@ -53,6 +53,9 @@ def test_training_is_kept_epoch_by_epoch_and_done_once(tiny_testbed, targets, st
         cached_training(train, tiny_testbed, targets, QUICK, store, **other)
     cached_training(train, tiny_testbed, targets, replace(QUICK, lr=2e-3), store, **data())
     assert len(trained) == 4
+    other_images = [replace(target, image=Image.new("RGB", (64, 64), "blue")) for target in targets]
+    cached_training(train, tiny_testbed, other_images, QUICK, store, **data())
+    assert len(trained) == 5
 
 
 def test_killed_training_goes_on_and_has_all_epochs(tiny_testbed, targets, store):
