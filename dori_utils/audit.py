@@ -391,12 +391,13 @@ def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
             a list, and so may draw its items when asked for, only its length, first and last item do.
 
     Returns:
-        The edits after each epoch, the last one being the result; a single one from a function without epochs.
+        The edits after each epoch, and one more after recovery, the last one being the result; a single one from a
+        function without epochs.
     """
     key = {"what": f"{train.__module__}.{train.__name__}", "config": asdict(config), "model": base_hash(pipe)}
     key |= _beside_weights(pipe) | {"targets": [[t.id, t.prompt, t.image and _data_hash(t.image)] for t in targets]}
     key |= {"data": {name: _data_hash(value) for name, value in data.items()}}
-    epochs = range(1, getattr(config, "epochs", 1) + 1)
+    epochs = range(1, getattr(config, "epochs", 1) + bool(getattr(config, "recovery", 0)) + 1)
     work = store.folder / "training" / hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32]
 
     def keep(found: dict) -> None:

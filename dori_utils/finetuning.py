@@ -13,6 +13,9 @@ A surrogate is what a pruned model draws for the memorized prompt: it fits the c
 pass over all pairs of target and surrogate. The ablation (`adversarial=False`) has the prompt's own embedding in the
 place of y_adv.
 
+Ours: `recovery`, more steps with L_DM alone. L_adv costs ordinary captions some of their alignment; ordinary images
+win it back, and the memorized ones do not return with it, as notebook 08 measures.
+
 Shapes: N targets, M surrogates of each; B pairs in a step, K draws of noise and timestep for each of them, and as many
 ordinary images.
 """
@@ -39,6 +42,7 @@ class Config:
     """Settings. The paper says: 50 steps of DoRI inside, all weights of the U-Net, 5 epochs; the rest is our choice."""
 
     epochs: int = 5  # the paper's; one already helps much there
+    recovery: int = 0  # steps with L_DM alone, after the epochs. Not in the paper
     batch_size: int = 8  # B: targets attacked in a step. Not published
     draws: int = 1  # K: draws for each trigger, and ordinary images for each of them, B * K in a step. Not published
     lr: float = 1e-5  # not published: diffusers' example of fine-tuning a whole U-Net
@@ -58,6 +62,8 @@ class Config:
     def __post_init__(self):
         if min(self.epochs, self.batch_size, self.draws, len(self.starts)) < 1:
             raise ValueError("epochs, batch_size, draws and the number of starts must be at least 1.")
+        if self.recovery < 0:
+            raise ValueError(f"recovery is {self.recovery}: it is a number of steps.")
         if unknown := set(self.starts) - {"prompt", "noise"}:
             raise ValueError(f"starts has {unknown}: it is made of 'prompt' and 'noise'.")
 
@@ -75,7 +81,8 @@ def finetune(
         config: a `Config`.
         work: folder for checkpoints, from which an interrupted run goes on; of this run alone.
         save_seconds: between checkpoints.
-        callback: called after each epoch with {"epoch", "edit": the `Edit` so far}.
+        callback: called after each epoch, and after recovery, which counts as one more, with {"epoch", "edit": the
+            `Edit` so far}.
 
     Returns:
         One `Edit` for all targets.
@@ -86,18 +93,22 @@ def finetune(
     """
     config = config or Config()
     pairs = Pairs(pipe, targets, surrogates, ordinary, config)
+    adversarial_steps = config.epochs * pairs.steps_per_epoch
+    steps = adversarial_steps + config.recovery
     with _trainable(pipe, config) as changed:
-        loss_of = _loss(pipe, targets, surrogates, config)
+        loss_of = _loss(pipe, targets, surrogates, config, adversarial_steps)
 
         def after_step(numbers):
             done = numbers["step"] + 1
-            if callback is not None and done % pairs.steps_per_epoch == 0:
+            ends_epoch = done % pairs.steps_per_epoch == 0 and done <= adversarial_steps
+            if callback is not None and (ends_epoch or done == steps):
                 unet = pipe.unet if numbers["average"] is None else numbers["average"]
-                callback({"epoch": done // pairs.steps_per_epoch, "edit": changed(*about, unet)})
+                epoch = done // pairs.steps_per_epoch if ends_epoch else config.epochs + 1
+                callback({"epoch": epoch, "edit": changed(*about, unet)})
 
         about = ("fine-tuning", asdict(config), targets)
         stage = Stage(
-            steps=config.epochs * pairs.steps_per_epoch,
+            steps=steps,
             batch_size=config.batch_size,
             lr=config.lr,
             warmup=config.warmup,
@@ -142,7 +153,7 @@ class Pairs(Dataset):
     """What all steps take, in order: (K ordinary images, their captions, target's number, surrogate's number, step).
 
     In an epoch every target comes with every surrogate of its own, all targets once before the first comes again. What
-    does not fill a step at an epoch's end is left out.
+    does not fill a step at an epoch's end is left out. In recovery they come again, for their ordinary images alone.
     """
 
     def __init__(self, pipe, targets, surrogates, ordinary, config):
@@ -163,36 +174,44 @@ class Pairs(Dataset):
         self.order = order
 
     def __len__(self):
-        return len(self.order)
+        return len(self.order) + self.config.recovery * self.config.batch_size
 
     def __getitem__(self, index):
-        draws, (target, surrogate) = self.config.draws, self.order[index]
+        draws, (target, surrogate) = self.config.draws, self.order[index % len(self.order)]
         numbers = range(index * draws, (index + 1) * draws)
         images, captions = zip(*(self.ordinary[n % len(self.ordinary)] for n in numbers), strict=True)
         pixels = torch.cat([preprocess(self.pipe, image) for image in images])
         return pixels, list(captions), int(target), int(surrogate), index // self.config.batch_size
 
 
-def _loss(pipe, targets, surrogates, config):
-    """loss_of for `fit`: L_DM + L_adv of a step, after the attack."""
+def _loss(pipe, targets, surrogates, config, adversarial_steps):
+    """loss_of for `fit`: L_DM + L_adv of a step, after the attack; L_DM alone after that many steps."""
     wanted = torch.stack([encode_images(pipe, own) for own in surrogates])  # (N, M, C, H, W)
     prompts = encode_prompts(pipe, [target.prompt for target in targets])
 
-    def loss_of(unet, batch, generator):
-        pixels, captions, chosen, which, (step, *_) = batch
+    def pair(chosen, which, step):
+        """Surrogates and what L_adv has them under: latents (K * B, C, H, W) and embeddings (K * B, T, D)."""
         embeds = prompts[chosen]
         if config.adversarial:
-            embeds = _triggers(pipe, [targets[i] for i in chosen.tolist()], int(step), config)
+            embeds = _triggers(pipe, [targets[i] for i in chosen.tolist()], step, config)
+        return wanted[chosen, which].repeat(config.draws, 1, 1, 1), embeds.repeat(config.draws, 1, 1)
+
+    def loss_of(unet, batch, generator):
+        pixels, captions, chosen, which, (step, *_) = batch
+        surrogate = pair(chosen, which, int(step)) if step < adversarial_steps else None
         pixels = pixels.transpose(0, 1).flatten(0, 1)  # (B, K, 3, H, W) → (K * B, 3, H, W), in the captions' order
-        ordinary = encode_pixels(pipe, pixels)
+        latents = encode_pixels(pipe, pixels)
         captions = [caption for of_draw in captions for caption in of_draw]
         dropped = torch.rand(len(captions), generator=generator) < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        latents = torch.cat([ordinary, wanted[chosen, which].repeat(config.draws, 1, 1, 1)])  # (2 * K * B, C, H, W)
-        embeds = torch.cat([encode_prompts(pipe, captions), embeds.repeat(config.draws, 1, 1)])
+        embeds = encode_prompts(pipe, captions)
+        if surrogate is not None:
+            latents, embeds = torch.cat([latents, surrogate[0]]), torch.cat([embeds, surrogate[1]])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
         losses = denoising_loss(pipe, latents, embeds.to(latents), noise, timesteps.to(latents.device))
+        if surrogate is None:
+            return losses.mean(), {"L_DM": losses.mean().item(), "L_adv": float("nan")}
         keep, adversarial = losses.unflatten(0, (2, -1)).mean(dim=1)
         return keep + config.adversarial_weight * adversarial, {"L_DM": keep.item(), "L_adv": adversarial.item()}
 

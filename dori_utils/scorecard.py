@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import metrics, nemo, wanda
+from . import finetuning, metrics, nemo, wanda
 from .attack import attack
-from .audit import audit, cached_edits, cached_generate, ordinary_cost, scores_by_target
+from .audit import audit, cached_edits, cached_generate, cached_training, ordinary_cost, scores_by_target
 from .edits import known_base
 from .generation import decode, denoise, encode_prompts, generate, initial_latents
 from .models import TESTBED, load_pipeline
@@ -38,7 +38,7 @@ from .presets import PRESETS
 from .similarity import load_sscd, sscd_scores
 from .store import default_store
 from .targets import load_targets
-from .testbed.data import held_out_scenes
+from .testbed.data import OrdinaryPairs, held_out_scenes
 from .testbed.search import nearest_training_images
 from .testbed.train import to_model_range, unet_training_set
 
@@ -239,6 +239,49 @@ def gain(method: str):
     return rise, f"prompts: {described(before)}; DoRI: {described(after)}; control + DoRI: {described(control)}"
 
 
+@functools.cache
+def tuning_data():
+    """What adversarial fine-tuning of the preset's VM targets takes: (targets, surrogates and ordinary pairs)."""
+    vm = load_targets("testbed", kind="VM")[: PRESET.pruned_targets]
+    settings = (PRESET, default_store(), load_sscd(), PRESET.surrogates)
+    surrogates = finetuning.find_surrogates(pipe(), vm, pruned("NeMo"), *settings)
+    return vm, {"surrogates": surrogates, "ordinary": OrdinaryPairs(100_000)}
+
+
+@functools.cache
+def tuned():
+    vm, data = tuning_data()
+    return cached_training(finetuning.finetune, pipe(), vm, PRESET.finetuning, default_store(), **data)[-1]
+
+
+def tuned_rate(attack: str):
+    """MR after fine-tuning, under the prompts or with DoRI; the same attack on controls beside it."""
+    vm, controls = (load_targets("testbed", kind=kind)[: PRESET.pruned_targets] for kind in ("VM", "control"))
+    config, few = replace(PRESET.attack, record=()), controls[: PRESET.compared_targets]
+    table = audit(pipe(), vm, PRESET, default_store(), edits={"tuned": tuned()}, attack=config, controls=few)
+    scores = of_attack(table, "VM", attack)
+    return metrics.memorization_rate(scores).rate, (
+        f"{described(scores)}; control + DoRI: {described(of_attack(table, 'control'))}"
+    )
+
+
+def tuned_cost(column: str):
+    """Change of alignment or Fréchet distance on ordinary captions, relative to the model as it was."""
+    captions, real = [s.caption for s in held_out_scenes(50)], [Image.fromarray(s.draw()) for s in held_out_scenes(200)]
+    clip, edits = metrics.load_clip(TESTBED / "clip"), {"original": None, "tuned": tuned()}
+    cost = ordinary_cost(pipe(), captions, real, PRESET, default_store(), clip, edits).set_index("mitigation")[column]
+    remark = f"{cost['tuned']:.3f} against {cost['original']:.3f}, {len(captions)} captions, {len(PRESET.seeds)} seeds"
+    return cost["tuned"] / cost["original"] - 1, remark
+
+
+def tuning_minutes():
+    vm, data = tuning_data()
+    start = time.perf_counter()
+    finetuning.finetune(pipe(), vm, config=PRESET.finetuning, progress=False, **data)
+    steps = f"{PRESET.finetuning.epochs} epochs and {PRESET.finetuning.recovery} steps of recovery"
+    return (time.perf_counter() - start) / 60, f"{len(vm)} targets, {steps}"
+
+
 def control_rate():
     prompts, after = (of_attack(attacked("original"), "control", attack) for attack in ("none", "DoRI"))
     return metrics.memorization_rate(after).rate, f"{described(after)}; prompts: {described(prompts)}"
@@ -400,6 +443,10 @@ BARS = (
     Bar("speed: DoRI, peak memory of 20 steps over 2", "<=", 1.05, attack_memory),
     Bar("speed: NeMo over one set at a time, times", ">=", 10, nemo_speedup),
     Bar("speed: Wanda, time over plain denoising steps", "<=", 1.3, wanda_overhead),
+    Bar("fine-tuning, MR under the prompts", "<=", 0.05, lambda: tuned_rate("none")),
+    Bar("fine-tuning + DoRI, MR", "<=", 0.10, lambda: tuned_rate("DoRI")),
+    Bar("fine-tuning, A_CLIP of ordinary captions, change", ">=", -0.05, lambda: tuned_cost("alignment")),
+    Bar("fine-tuning, Fréchet distance of ordinary captions, change", "<=", 0.10, lambda: tuned_cost("frechet")),
     Bar("locality, notebooks 04 to 06 from an empty cache, s", "<=", 480, lambda: first_run_seconds("04", "05", "06")),
     Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
     Bar("fast tests, s", "<=", 120, lambda: command_seconds("pytest", "-q", "-m", "not slow")),

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from dori_utils import finetuning
 from dori_utils.attack import AttackConfig, attack, denoising_loss
 from dori_utils.edits import applied
 from dori_utils.finetuning import Config, Pairs, finetune
@@ -120,6 +122,21 @@ def test_the_ablation_has_prompts_in_the_place_of_triggers(sd1):
     triggers, prompts = run(sd1), run(sd1, replace(QUICK, adversarial=False))
     no_steps = run(sd1, replace(QUICK, attack=replace(QUICK.attack, steps=0)))  # the attack's start: the prompt
     assert largest_difference(prompts, no_steps) == 0 < largest_difference(prompts, triggers)
+
+
+def test_recovery_goes_on_with_ordinary_images_alone(sd1, tmp_path, monkeypatch):
+    attacked, epochs = [], {}
+    monkeypatch.setattr(finetuning, "attack", lambda *args, **kwargs: attacked.append(1) or attack(*args, **kwargs))
+    config = replace(QUICK, epochs=1, recovery=4)
+    last = run(sd1, config, work=tmp_path, callback=lambda found: epochs.setdefault(found["epoch"], found["edit"]))
+    assert len(attacked) == 2 and list(epochs) == [1, 2]  # two steps an epoch
+    assert largest_difference(epochs[1], run(sd1, replace(QUICK, epochs=1))) == 0 < largest_difference(epochs[1], last)
+    log = pd.read_csv(tmp_path / "fine-tuning.csv")
+    assert log["L_adv"].isna().tolist() == [False] * 2 + [True] * 4
+    others = [[Image.new("RGB", (64, 64), "white")] * 2] * 2
+    no_pairs = finetune(sd1, TARGETS, others, ORDINARY, replace(config, adversarial_weight=0.0), progress=False)
+    pairs = run(sd1, replace(config, adversarial_weight=0.0))
+    assert largest_difference(no_pairs, pairs) == 0  # without its weight nothing but ordinary images counts
 
 
 def test_starts_take_turns(sd1):
