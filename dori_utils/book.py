@@ -10,11 +10,18 @@ figures/ (`plots.save_figure`), its executed copy, saved after each cell, to bui
 papermill does the work: it knows parameters, progress and how to keep a notebook that failed. Two things are stricter
 here: the kernel is the Python that runs this module, never one that the user registered under the same name; and a
 parameter that no notebook declares is an error.
+
+Importing takes longer than a notebook whose results are all in the cache. So on Linux a kernel is a fork of a process
+that has imported `PRELOADED` and done nothing else (multiprocessing's forkserver).
 """
 
 import argparse
 import ast
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,11 +30,17 @@ import papermill
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.provisioning import LocalProvisioner
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK_LINES = 12
+PRELOADED = [
+    *("ipykernel.kernelapp", "matplotlib.pyplot", "pandas", "sklearn.manifold"),
+    *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
+    *("dori_utils.audit", "dori_utils.locality", "dori_utils.plots", "dori_utils.report", "dori_utils.widgets"),
+]
 
 
 class NotebookError(RuntimeError):
@@ -39,9 +52,75 @@ class ThisPython(AsyncKernelManager):
 
     transport_encryption = "auto"  # where the kernel can; otherwise it warns on the terminal, in the middle of the bar
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        if sys.platform == "linux":
+            self.provisioner = ForkedKernel(kernel_spec=self.kernel_spec, parent=self)
+
     @property
     def kernel_spec(self) -> KernelSpec:
         return KernelSpec(**get_kernel_dict())
+
+
+class ForkedKernel(LocalProvisioner):
+    """Has `ThisPython` start kernels as forks of a process with `PRELOADED`, instead of by a command."""
+
+    async def launch_kernel(self, cmd, **kwargs):
+        os.environ.setdefault(
+            "TRANSFORMERS_VERBOSITY", "error"
+        )  # otherwise importing it warns in the middle of the bar
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        arguments = (self.parent.connection_file, kwargs.get("cwd") or os.getcwd(), kwargs["env"])
+        self.process = _LikePopen(context.Process(target=_serve, args=arguments, daemon=True))
+        self.pid = self.process.pid
+        return self.connection_info
+
+
+class _LikePopen:
+    """A started `multiprocessing.Process` as LocalProvisioner wants it: with the methods of `subprocess.Popen`."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process):
+        process.start()
+        self.process, self.pid = process, process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    terminate = kill
+
+
+def _serve(connection_file, folder, environment):
+    import matplotlib
+    from ipykernel.kernelapp import IPKernelApp
+    from tqdm import tqdm
+
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    # What ipykernel puts into the environment, for whoever imports matplotlib after that.
+    matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"
+    tqdm.set_lock(threading.RLock())  # its own has a semaphore, which is left behind when a kernel is killed
+    threading.Thread(target=_end_with_the_book, daemon=True).start()
+    no_terminal = f"--IPKernelApp.parent_handle={os.getppid()}"  # otherwise it says on it how to connect to this kernel
+    IPKernelApp.launch_instance(["-f", connection_file, no_terminal])
+
+
+def _end_with_the_book():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def find_notebooks(folder: Path, beginnings: list[str]) -> list[Path]:

@@ -37,6 +37,7 @@ class Preset:
     ablation: erasure.AblationConfig
     siss: erasure.SISSConfig
     adaptive: adaptive.Config
+    surrogate_sscd: float = 0.5  # SSCD_Orig of a surrogate, at most
     searched_draws: int | None = None  # of each part of the testbed's training, in notebook 01; None: all
 
     @property
@@ -110,9 +111,9 @@ PRESETS = {
         siss=erasure.SISSConfig(scaling_norm=None, batch_size=8, lr=1e-4, first_timestep=0),
         adaptive=adaptive.Config(
             attempts=(
-                AttackConfig(steps=250, batch_size=1),
+                AttackConfig(steps=500, batch_size=1),
                 AttackConfig(steps=250, batch_size=1, lr=0.2, start="noise"),
-                AttackConfig(steps=250, batch_size=2, lr=0.05),
+                AttackConfig(steps=250, batch_size=1, lr=0.05),
             ),
             seeds=(0, 1),
             num_inference_steps=6,
@@ -152,7 +153,9 @@ PRESETS = {
         compared_targets=2,
         related_captions=1,
         surrogates=2,
-        finetuning=finetuning.Config(epochs=2, batch_size=2, lr=1e-4, attack=AttackConfig(steps=1, batch_size=1)),
+        finetuning=finetuning.Config(
+            epochs=2, recovery=1, batch_size=2, lr=1e-4, attack=AttackConfig(steps=1, batch_size=1)
+        ),
         esd=erasure.ESDConfig(steps=2, batch_size=2, num_inference_steps=2),
         ablation=erasure.AblationConfig(
             steps=2, batch_size=2, images=2, anchors=1, checked=1, threshold=1.0, num_inference_steps=2
@@ -165,6 +168,7 @@ PRESETS = {
             num_inference_steps=2,
             guidance_scale=1.0,
         ),
+        surrogate_sscd=1.0,  # two rounds of NeMo prune nothing away
         searched_draws=1000,
     ),
     "paper": Preset(

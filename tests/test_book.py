@@ -1,7 +1,9 @@
 """The notebook runner: order, parameters, the kernel's Python and folder, and what a failure says."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -60,6 +62,38 @@ def test_the_kernel_is_this_python_whatever_is_registered_as_python3(folder, tmp
     executable, cwd = nbformat.read(tmp_path / "executed.ipynb", as_version=4).cells[1].outputs[0].text.splitlines()
     assert Path(executable).samefile(sys.executable)
     assert Path(cwd) == folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels are started by a command")
+def test_kernels_have_the_modules_imported_and_nothing_of_each_other(folder, tmp_path):
+    ask = "import sys\nprint('torch' in sys.modules, 'sticky' in vars(sys))\nsys.sticky = True"
+    draw = "import matplotlib.pyplot as plt\nfig = plt.figure()\nplt.plot([1, 2])"
+    notebook = _write(folder, "00.ipynb", ask, draw)
+    for name in ("once.ipynb", "again.ipynb"):
+        book.run_notebook(notebook, tmp_path / name, progress=False)
+        _, asked, drawn = nbformat.read(tmp_path / name, as_version=4).cells
+        assert asked.outputs[0].text == "True False\n"
+        assert any("image/png" in output.get("data", {}) for output in drawn.outputs), "matplotlib's inline backend"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels are started by a command")
+def test_a_kernel_ends_when_the_book_is_killed(folder, tmp_path):
+    begun = tmp_path / "begun"
+    wait = f"import os, time\nopen({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    _write(folder, "00.ipynb", wait)
+    command = [sys.executable, "-m", "dori_utils.book", "--folder", str(folder), "--output", str(tmp_path / "build")]
+    process = subprocess.Popen(command, cwd=book.ROOT, stderr=subprocess.DEVNULL)
+    _until(lambda: begun.exists() and begun.read_text())
+    process.kill()
+    process.wait()
+    _until(lambda: not Path(f"/proc/{begun.read_text()}").exists())
+
+
+def _until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
 
 
 def test_parameters_reach_the_notebooks_that_declare_them_as_python_values(folder):

@@ -1,0 +1,107 @@
+"""README's tables, filled from figures/*.csv: `python -m dori_utils.readme`, after `make figures`.
+
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` is made by the function of that name below.
+"""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+
+def kinds() -> str:
+    table = _read("00_by_kind")
+    return _markdown(
+        {"kind": table["kind"], "targets": table["targets"], "SSCD_Orig (95%)": _mean(table), "MR (95%)": _rate(table)}
+    )
+
+
+def ladder() -> str:
+    table = _read("00_duplication_ladder").iloc[::-1]
+    names = ["targets", "SSCD_Orig, mean", "memorization rate"]
+    values = zip(table["targets"], _two(table["sscd"]), _two(table["rate"]), strict=True)
+    return _markdown({"times in training": names} | dict(zip(table["duplicates"], values, strict=True)))
+
+
+def pruning() -> str:
+    table = _read("02_methods").replace("original", "none")
+    columns = {"mitigation": table["mitigation"]}
+    for name in ("SSCD_Orig", "MR", "D_SSCD", "A_CLIP"):
+        columns[name] = _interval(table[name], table[f"{name} low"], table[f"{name} high"])
+    return _markdown(columns)
+
+
+def dori() -> str:
+    table = _read("03_main_table")
+    paper = [
+        "" if pd.isna(sscd) else f"{sscd:.2f}, {mr:.2f}"
+        for sscd, mr in zip(table["paper_sscd"], table["paper_mr"], strict=True)
+    ]
+    spread = [f"{sscd:.2f} ± {std:.2f}" for sscd, std in zip(table["sscd"], table["std"], strict=True)]
+    columns = {"setting": table["setting"], "SSCD_Orig": spread, "MR": _rate(table)}
+    return _markdown(columns | {"paper, SD v1.4: SSCD_Orig, MR": paper})
+
+
+def tuning() -> str:
+    table, cost = _read("08_main_table").set_index(["kind", "attack", "mitigation"]), _read("08_cost")
+    cost = cost[cost["captions"] == "ordinary"].set_index("mitigation")
+    names = table.loc["VM", "DoRI"].index
+    columns = {"mitigation": names}
+    attacks = {"prompts": ("VM", "none"), "DoRI": ("VM", "DoRI"), "control + DoRI": ("control", "DoRI")}
+    for title, key in attacks.items():
+        own = table.loc[key].loc[names]
+        both = zip(_two(own["sscd"]), _two(own["rate"]), strict=True)
+        columns[f"{title}: SSCD_Orig, MR"] = [f"{sscd}, {rate}" for sscd, rate in both]
+    for title, name in {"A_CLIP, ordinary captions": "alignment", "Fréchet distance": "frechet"}.items():
+        change = cost.loc[names, name] / cost.loc["original", name] - 1
+        columns[title] = [f"{value:+.0%}" for value in change]
+    return _markdown(columns)
+
+
+SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori, tuning)}
+
+
+def filled(text: str) -> str:
+    """The README with the tables as figures/ has them now.
+
+    Raises:
+        ValueError: a section's marks are not in the text, or more than once.
+    """
+    for name, section in SECTIONS.items():
+        between = rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- /{name} -->)"
+        text, count = re.subn(between, section().replace("\\", r"\\"), text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"<!-- {name} --> … <!-- /{name} -->: {count} times in the README, not once.")
+    return text
+
+
+def _read(name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "figures" / f"{name}.csv", comment="#")
+
+
+def _two(values) -> list[str]:
+    return [f"{value:.2f}" for value in values]
+
+
+def _interval(values, lows, highs) -> list[str]:
+    return [f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in zip(values, lows, highs, strict=True)]
+
+
+def _mean(table) -> list[str]:
+    return _interval(table["sscd"], table["sscd_low"], table["sscd_high"])
+
+
+def _rate(table) -> list[str]:
+    return _interval(table["rate"], table["low"], table["high"])
+
+
+def _markdown(columns: dict) -> str:
+    rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(str(value) for value in row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
