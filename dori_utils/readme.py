@@ -45,23 +45,7 @@ def dori() -> str:
     return _markdown(columns | {"paper, SD v1.4: SSCD_Orig, MR": paper})
 
 
-def tuning() -> str:
-    table, cost = _read("08_main_table").set_index(["kind", "attack", "mitigation"]), _read("08_cost")
-    cost = cost[cost["captions"] == "ordinary"].set_index("mitigation")
-    names = table.loc["VM", "DoRI"].index
-    columns = {"mitigation": names}
-    attacks = {"prompts": ("VM", "none"), "DoRI": ("VM", "DoRI"), "control + DoRI": ("control", "DoRI")}
-    for title, key in attacks.items():
-        own = table.loc[key].loc[names]
-        both = zip(_two(own["sscd"]), _two(own["rate"]), strict=True)
-        columns[f"{title}: SSCD_Orig, MR"] = [f"{sscd}, {rate}" for sscd, rate in both]
-    for title, name in {"A_CLIP, ordinary captions": "alignment", "Fréchet distance": "frechet"}.items():
-        change = cost.loc[names, name] / cost.loc["original", name] - 1
-        columns[title] = [f"{value:+.0%}" for value in change]
-    return _markdown(columns)
-
-
-SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori, tuning)}
+SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori)}
 
 
 def filled(text: str) -> str:
