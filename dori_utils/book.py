@@ -66,9 +66,8 @@ class ForkedKernel(LocalProvisioner):
     """Has `ThisPython` start kernels as forks of a process with `PRELOADED`, instead of by a command."""
 
     async def launch_kernel(self, cmd, **kwargs):
-        os.environ.setdefault(
-            "TRANSFORMERS_VERBOSITY", "error"
-        )  # otherwise importing it warns in the middle of the bar
+        # Otherwise transformers warns on the terminal when it is imported, in the middle of the bar.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         arguments = (self.parent.connection_file, kwargs.get("cwd") or os.getcwd(), kwargs["env"])

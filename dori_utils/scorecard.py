@@ -243,7 +243,7 @@ def gain(method: str):
 def tuning_data():
     """What adversarial fine-tuning of the preset's VM targets takes: (targets, surrogates and ordinary pairs)."""
     vm = load_targets("testbed", kind="VM")[: PRESET.pruned_targets]
-    settings = (PRESET, default_store(), load_sscd(), PRESET.surrogates)
+    settings = (PRESET, default_store(), load_sscd(), PRESET.surrogates, PRESET.surrogate_sscd)
     surrogates = finetuning.find_surrogates(pipe(), vm, pruned("NeMo"), *settings)
     return vm, {"surrogates": surrogates, "ordinary": OrdinaryPairs(100_000)}
 
@@ -272,14 +272,6 @@ def tuned_cost(column: str):
     cost = ordinary_cost(pipe(), captions, real, PRESET, default_store(), clip, edits).set_index("mitigation")[column]
     remark = f"{cost['tuned']:.3f} against {cost['original']:.3f}, {len(captions)} captions, {len(PRESET.seeds)} seeds"
     return cost["tuned"] / cost["original"] - 1, remark
-
-
-def tuning_minutes():
-    vm, data = tuning_data()
-    start = time.perf_counter()
-    finetuning.finetune(pipe(), vm, config=PRESET.finetuning, progress=False, **data)
-    steps = f"{PRESET.finetuning.epochs} epochs and {PRESET.finetuning.recovery} steps of recovery"
-    return (time.perf_counter() - start) / 60, f"{len(vm)} targets, {steps}"
 
 
 def control_rate():
