@@ -123,17 +123,17 @@ def finetune(
         return changed(*about, unet)
 
 
-def find_surrogates(pipe, targets, edits, preset, store, sscd, count, most=0.5, first_seed=1000):
-    """What a pruned model draws for the targets' prompts, and is no copy: the first `count` such images of each.
+def find_surrogates(pipe, targets, edits, preset, store, sscd, first_seed=1000):
+    """What a pruned model draws for a target's prompt and is no copy: the first `preset.surrogates` of each.
 
     Args:
         edits: one pruning `Edit` for each target, as `nemo` or `wanda` gives it.
-        most: SSCD_Orig above which an image is no surrogate; below 0.7, as copies are not to be taught. Our choice.
         first_seed: of twice as many seeds as are wanted; apart from those that MR is measured with.
 
     Raises:
-        ValueError: a target for which there are not that many.
+        ValueError: a target for which there are not that many with an SSCD_Orig of at most `preset.surrogate_sscd`.
     """
+    count, most = preset.surrogates, preset.surrogate_sscd
     prompts, seeds = [target.prompt for target in targets], range(first_seed, first_seed + 2 * count)
     images = cached_generate(pipe, prompts, seeds, preset, store, edits)
     ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits)  # (N, S, D)

@@ -243,8 +243,7 @@ def gain(method: str):
 def tuning_data():
     """What adversarial fine-tuning of the preset's VM targets takes: (targets, surrogates and ordinary pairs)."""
     vm = load_targets("testbed", kind="VM")[: PRESET.pruned_targets]
-    settings = (PRESET, default_store(), load_sscd(), PRESET.surrogates, PRESET.surrogate_sscd)
-    surrogates = finetuning.find_surrogates(pipe(), vm, pruned("NeMo"), *settings)
+    surrogates = finetuning.find_surrogates(pipe(), vm, pruned("NeMo"), PRESET, default_store(), load_sscd())
     return vm, {"surrogates": surrogates, "ordinary": OrdinaryPairs(100_000)}
 
 

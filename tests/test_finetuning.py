@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,11 +10,15 @@ from PIL import Image
 
 from dori_utils import finetuning
 from dori_utils.attack import AttackConfig, attack, denoising_loss
+from dori_utils.audit import cached_generate
 from dori_utils.edits import applied
 from dori_utils.finetuning import Config, Pairs, finetune
 from dori_utils.fitting import weights_in_training
 from dori_utils.generation import encode_images, encode_prompts
 from dori_utils.models import model_hash
+from dori_utils.presets import PRESETS
+from dori_utils.similarity import load_sscd, sscd_scores
+from dori_utils.store import Store
 from dori_utils.targets import Target
 
 COLORS = ["red", "navy", "gold", "teal", "gray", "pink"]
@@ -40,6 +45,26 @@ def run(pipe, config=QUICK, **kwargs):
 def largest_difference(edit, other):
     assert set(edit.deltas) == set(other.deltas)
     return max((edit.deltas[name] - other.deltas[name]).abs().max().item() for name in edit.deltas)
+
+
+# --- Surrogates ---
+
+
+def test_surrogates_are_the_first_images_that_are_no_copies(tiny_testbed, tmp_path):
+    preset, store, sscd = replace(PRESETS["smoke"], surrogates=2), Store(tmp_path), load_sscd()
+    settings = (tiny_testbed, TARGETS, [None, None], preset, store, sscd)
+    prompts, seeds = [target.prompt for target in TARGETS], range(1000, 1004)
+    images = cached_generate(tiny_testbed, prompts, seeds, preset, store)
+    assert finetuning.find_surrogates(*settings) == [row[:2] for row in images]
+    originals = [target.image for target in TARGETS]
+    scores = sscd_scores(images, originals, transform=preset.sscd_transform, sscd=sscd, progress=False)
+    settings = (*settings[:3], replace(preset, surrogate_sscd=np.sort(scores)[:, 1].max()), *settings[4:])
+    found = finetuning.find_surrogates(*settings)
+    for row, own, of_row in zip(images, found, scores, strict=True):
+        few = [image for image, score in zip(row, of_row, strict=True) if score <= settings[3].surrogate_sscd]
+        assert own == few[:2]
+    with pytest.raises(ValueError, match=r"VM-\d: of 4 images by the pruned model only \d are no copies"):
+        finetuning.find_surrogates(*settings[:3], replace(preset, surrogate_sscd=scores.min()), *settings[4:])
 
 
 # --- What a step takes ---
