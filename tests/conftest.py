@@ -10,6 +10,9 @@ down blocks and a plain one, two layers each, so 7 `attn2.to_v` in down and mid 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Before torch is, too: pytest-xdist's workers share out the cores.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are written for float32 on a CPU
 
 import pytest  # noqa: E402
