@@ -278,22 +278,20 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
     seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
     fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit} | {None: None}
     key = {"what": "DoRI", "config": asdict(config), "model": base_hash(pipe), **_beside_weights(pipe)}
-    cases, by_case = [], {}
+    cases = []
     for i, (target, edit, seed) in enumerate(zip(targets, edits, seeds, strict=True)):
-        pixels = torch.from_numpy(np.array(target.image.convert("RGB")))
-        case = {"target": target.id, "prompt": target.prompt, "image": _hash(pixels), "edit": fingerprints[edit]}
-        case |= {"seed": seed, "start": None if starts is None else _hash(starts[i])}
+        case = {"target": target.id, "prompt": target.prompt, "image": _data_hash(target.image)}
+        case |= {"edit": fingerprints[edit], "seed": seed, "start": None if starts is None else _hash(starts[i])}
         cases.append(key | case)
-        by_case[canonical_json(key | case)] = i
 
-    def compute(chosen: list[dict]) -> list[dict]:
-        numbers = [by_case[canonical_json(case)] for case in chosen]
+    def compute(numbers: list[int]) -> list[dict]:
         own = {"edits": [edits[i] for i in numbers], "seeds": [seeds[i] for i in numbers]}
         own["starts"] = None if starts is None else starts[numbers]
         found = attack(pipe, [targets[i] for i in numbers], config, rows=rows, **own, **kwargs)
         return [_trigger_arrays(found[[i]]) for i in range(len(found))]
 
-    results = store.map(cases, compute, batch_size=cases_together(len(cases), config, rows), progress=False)
+    together = cases_together(len(cases), config, rows)
+    results = store.map(cases, _of_numbers(compute, cases), batch_size=together, progress=False)
     return Triggers(
         torch.stack([torch.from_numpy(result["prompt_embeds"]) for result in results]),
         torch.stack([torch.from_numpy(result["losses"]) for result in results]),
@@ -371,15 +369,14 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
     cases = [{**key, "target": target.id, "prompt": target.prompt} for target in targets]
     if prompt_embeds is not None:
         cases = [case | {"embedding": _hash(e)} for case, e in zip(cases, prompt_embeds, strict=True)]
-    by_case = {canonical_json(case): i for i, case in enumerate(cases)}
 
-    def compute(chosen: list[dict]) -> list[dict]:
-        numbers = [by_case[canonical_json(case)] for case in chosen]
+    def compute(numbers: list[int]) -> list[dict]:
         embeds = {} if prompt_embeds is None else {"prompt_embeds": prompt_embeds[numbers]}
         found = localize_each(pipe, [targets[i] for i in numbers], config=config, **embeds, **kwargs)
         return [edit.to_arrays() for edit in found]
 
-    return [Edit.from_arrays(arrays) for arrays in store.map(cases, compute, batch_size=64, progress=False)]
+    results = store.map(cases, _of_numbers(compute, cases), batch_size=64, progress=False)
+    return [Edit.from_arrays(arrays) for arrays in results]
 
 
 def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
@@ -429,20 +426,24 @@ def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd
     fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit} | {None: None}
     key = {"what": "adaptive attack", "config": asdict(config), "model": base_hash(pipe), **_beside_weights(pipe)}
     key |= {"sscd": sscd.name, "transform": repr(TRANSFORMS[transform])}
-    cases, by_case = [], {}
-    for i, (target, edit) in enumerate(zip(targets, edits, strict=True)):
-        case = key | {"target": target.id, "prompt": target.prompt, "image": _data_hash(target.image)}
-        cases.append(case | {"edit": fingerprints[edit]})
-        by_case[canonical_json(cases[-1])] = i
+    cases = []
+    for target, edit in zip(targets, edits, strict=True):
+        case = {"target": target.id, "prompt": target.prompt, "image": _data_hash(target.image)}
+        cases.append(key | case | {"edit": fingerprints[edit]})
 
-    def compute(chosen: list[dict]) -> list[dict]:
-        numbers = [by_case[canonical_json(case)] for case in chosen]
+    def compute(numbers: list[int]) -> list[dict]:
         own = [edits[i] for i in numbers]
         return time_to_copy(pipe, [targets[i] for i in numbers], config, sscd, transform, edits=own)
 
-    results = store.map(cases, compute, batch_size=32, progress=False)
+    results = store.map(cases, _of_numbers(compute, cases), batch_size=32, progress=False)
     table = pd.DataFrame([{name: value.item() for name, value in result.items()} for result in results])
     return table.assign(target=[target.id for target in targets])
+
+
+def _of_numbers(compute, cases: list[dict]) -> Callable:
+    """What `Store.map` calls, of a function that takes the numbers of the missing cases."""
+    numbers = {canonical_json(case): number for number, case in enumerate(cases)}
+    return lambda missing: compute([numbers[canonical_json(case)] for case in missing])
 
 
 def _data_hash(value) -> str:
