@@ -36,16 +36,23 @@ def pruning() -> str:
 
 def dori() -> str:
     table = _read("03_main_table")
-    paper = [
-        "" if pd.isna(sscd) else f"{sscd:.2f}, {mr:.2f}"
-        for sscd, mr in zip(table["paper_sscd"], table["paper_mr"], strict=True)
-    ]
     spread = [f"{sscd:.2f} ± {std:.2f}" for sscd, std in zip(table["sscd"], table["std"], strict=True)]
     columns = {"setting": table["setting"], "SSCD_Orig": spread, "MR": _rate(table)}
-    return _markdown(columns | {"paper, SD v1.4: SSCD_Orig, MR": paper})
+    return _markdown(columns | {"paper, SD v1.4: SSCD_Orig, MR": _both(table["paper_sscd"], table["paper_mr"])})
 
 
-SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori)}
+def mitigations() -> str:
+    table = _read("09_table")
+    columns = {"mitigation": table["mitigation"]}
+    for title in ("prompts", "DoRI", "control + DoRI"):
+        columns[f"{title}: SSCD_Orig, MR"] = _both(table[f"SSCD, {title}"], table[f"MR, {title}"])
+    columns["paper, DoRI"] = _both(table["paper: SSCD, DoRI"], table["paper: MR, DoRI"])
+    for title, name in {"A_CLIP": "A_CLIP, ordinary", "Fréchet distance": "Fréchet, ordinary"}.items():
+        columns[title] = _change(table[name])
+    return _markdown(columns)
+
+
+SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori, mitigations)}
 
 
 def filled(text: str) -> str:
@@ -68,6 +75,14 @@ def _read(name: str) -> pd.DataFrame:
 
 def _two(values) -> list[str]:
     return [f"{value:.2f}" for value in values]
+
+
+def _both(scores, rates) -> list[str]:
+    return ["" if pd.isna(s) else f"{s:.2f}, {r:.2f}" for s, r in zip(scores, rates, strict=True)]
+
+
+def _change(ratios) -> list[str]:
+    return [f"{ratio - 1:+.0%}" for ratio in ratios]
 
 
 def _interval(values, lows, highs) -> list[str]:
