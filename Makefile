@@ -6,8 +6,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests run side by side, a process for each core; more than four would want more memory than most machines have.
-WORKERS := --numprocesses auto --maxprocesses 4
 
 .PHONY: help figures test test-fast lint lab scorecard bench
 
@@ -18,10 +16,10 @@ figures: $(STAMP) ## run all notebooks in order; they write figures/, their exec
 	$(BIN)/python -m dori_utils.book $(ARGS)
 
 test: lint ## lint, then every test
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest -n auto
 
 test-fast: lint ## lint, then the tests that take seconds
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
 	$(BIN)/ruff check

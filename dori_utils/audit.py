@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from . import __version__
@@ -407,8 +408,10 @@ def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
         last.save(work / f"epoch {epochs[-1]}.safetensors")
         return [Edit.load(work / f"epoch {case['epoch']}.safetensors").to_arrays() for case in chosen]
 
-    results = store.map([key | {"epoch": epoch} for epoch in epochs], compute, len(epochs), progress=False)
-    shutil.rmtree(work, ignore_errors=True)  # checkpoint and copies: the edits are in the store now
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(store.folder / f".{work.name}.lock"):  # two notebooks may want the same at once: one trains
+        results = store.map([key | {"epoch": epoch} for epoch in epochs], compute, len(epochs), progress=False)
+        shutil.rmtree(work, ignore_errors=True)  # checkpoint and copies: the edits are in the store now
     return [Edit.from_arrays(arrays) for arrays in results]
 
 

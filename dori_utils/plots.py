@@ -24,6 +24,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from PIL import Image
 from sklearn.metrics import roc_curve
 
@@ -223,6 +225,37 @@ def interval_bars(
     ax.margins(x=0.02)
     for x, (value, (_, high)) in enumerate(zip(values, intervals, strict=True)):
         ax.annotate(f"{value:.2f}", (x, high), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6)
+
+
+def attack_bars(axes: Sequence[Axes], summary: pd.DataFrame, colors: Mapping[str, str], paper: Mapping) -> None:
+    """SSCD_Orig and memorization rate of each mitigation, with intervals: three bars, a legend above the figure.
+
+    Args:
+        axes: two, for the one and the other.
+        summary: of `audit.summarize` by mitigation, kind and attack.
+        colors: mitigation → colour, in the order of the bars: lighter for the prompts, full with DoRI.
+        paper: mitigation → SSCD_Orig and rate that the paper has with DoRI, drawn as marks; of those that it has.
+    """
+    summary, places = summary.set_index(["kind", "attack", "mitigation"]), np.arange(len(colors))
+    tints = [lighter(color) for color in colors.values()]
+    bars = {  # label → kind and attack, colours
+        "prompts": (("VM", "none"), tints),
+        "DoRI": (("VM", "DoRI"), list(colors.values())),
+        "control + DoRI": (("control", "DoRI"), [PALETTE["control"]] * len(colors)),
+    }
+    columns = {"SSCD_Orig": ("sscd", "sscd_low", "sscd_high"), "memorization rate": ("rate", "low", "high")}
+    for ax, (title, names), published in zip(axes, columns.items(), (0, 1), strict=True):
+        for number, (key, own_colors) in enumerate(bars.values()):
+            values, low, high = summary.loc[key].loc[list(colors), list(names)].to_numpy().T
+            errors, line = np.abs([low - values, high - values]), {"elinewidth": 0.6}
+            ax.bar(places + (number - 1) * 0.28, values, 0.28, yerr=errors, color=own_colors, error_kw=line)
+        marks = [paper[name][published] if name in paper else np.nan for name in colors]
+        ax.scatter(places, marks, color="black", marker="D", s=9, zorder=3)
+        ax.set_xticks(places, list(colors))
+        ax.set(ylim=(0, 1.1), title=title)
+    handles = [Patch(color=own_colors[-1], label=label) for label, (_, own_colors) in bars.items()]
+    handles.append(Line2D([], [], color="black", marker="D", markersize=3, linewidth=0, label="paper, with DoRI"))
+    axes[0].figure.legend(handles=handles, loc="outside upper center", ncols=4)
 
 
 def curve_with_interval(ax: Axes, x, y, low, high, *, color: str, label: str | None = None, **line) -> None:

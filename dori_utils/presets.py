@@ -37,7 +37,7 @@ class Preset:
     ablation: erasure.AblationConfig
     siss: erasure.SISSConfig
     adaptive: adaptive.Config
-    surrogate_sscd: float = 0.5  # of a surrogate, SSCD_Orig at most; below 0.7: copies are not to be taught. Our choice
+    surrogate_sscd: float = 0.5  # SSCD_Orig of a surrogate, at most: far below a copy's 0.7. Our choice
     searched_draws: int | None = None  # of each part of the testbed's training, in notebook 01; None: all
 
     @property

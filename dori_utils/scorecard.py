@@ -43,7 +43,6 @@ from .testbed.search import nearest_training_images
 from .testbed.train import to_model_range, unet_training_set
 
 PRESET = PRESETS["testbed"]
-WORKERS = ("--numprocesses", "auto", "--maxprocesses", "4")  # of pytest, as in the Makefile
 COMPARE = {"<=": lambda value, bound: value <= bound, ">=": lambda value, bound: value >= bound}
 
 
@@ -441,8 +440,8 @@ BARS = (
     Bar("fine-tuning, Fréchet distance of ordinary captions, change", "<=", 0.10, lambda: tuned_cost("frechet")),
     Bar("locality, notebooks 04 to 06 from an empty cache, s", "<=", 480, lambda: first_run_seconds("04", "05", "06")),
     Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
-    Bar("fast tests, s", "<=", 120, lambda: command_seconds("pytest", *WORKERS, "-q", "-m", "not slow")),
-    Bar("whole suite, s", "<=", 900, lambda: command_seconds("pytest", *WORKERS, "-q")),
+    Bar("fast tests, s", "<=", 120, lambda: command_seconds("pytest", "-n", "auto", "-q", "-m", "not slow")),
+    Bar("whole suite, s", "<=", 900, lambda: command_seconds("pytest", "-n", "auto", "-q")),
 )
 
 

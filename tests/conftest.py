@@ -19,6 +19,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 MAX_TOKENS = 16
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Processes of `pytest -n auto`: more than four would want more memory than most machines have."""
+    return min(4, os.cpu_count() or 1)
+
+
 WORDS = "a an the photo of and on cat dog violin grapes guitar car red striped dotted background".split()
 
 

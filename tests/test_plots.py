@@ -242,3 +242,24 @@ def test_an_interactive_map_shows_the_image_under_the_mouse_without_a_network(tm
         loaded = frame.locator("img").first.evaluate("image => image.naturalWidth")
         browser.close()
     assert loaded == 8 and not [url for url in requests if url.startswith("http")]
+
+
+ATTACKED = [("VM", "none"), ("VM", "DoRI"), ("control", "DoRI")]
+
+
+def test_attack_bars_are_the_summary_s_numbers_with_marks_where_the_paper_has_some():
+    keys = [(name, kind, attack) for name in ("NeMo", "ESD") for kind, attack in ATTACKED]
+    summary = pd.DataFrame(keys, columns=["mitigation", "kind", "attack"])
+    for number, column in enumerate(["sscd", "sscd_low", "sscd_high", "rate", "low", "high"]):
+        summary[column] = np.linspace(0.2, 0.7, len(keys)) + 0.01 * number
+    fig, axes = plt.subplots(1, 2)
+    plots.attack_bars(axes, summary, {name: plots.PALETTE[name] for name in ("ESD", "NeMo")}, {"NeMo": (0.91, 0.99)})
+    for ax, column, published in zip(axes, ("sscd", "rate"), (0.91, 0.99), strict=True):
+        values = summary.set_index(["kind", "attack", "mitigation"])[column]
+        wanted = [values[kind, attack, name] for kind, attack in ATTACKED for name in ("ESD", "NeMo")]
+        assert np.allclose([bar.get_height() for bar in ax.patches], wanted)
+        assert [text.get_text() for text in ax.get_xticklabels()] == ["ESD", "NeMo"]
+        marks = ax.collections[-1].get_offsets()
+        assert np.ma.allclose(marks[1], (1, published)) and np.isnan(np.ma.getdata(marks)[0, 1])
+    labels = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert labels == ["prompts", "DoRI", "control + DoRI", "paper, with DoRI"]

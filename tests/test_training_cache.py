@@ -1,5 +1,6 @@
 """Mitigations that train and attacks that take long are kept: made once, resumed when killed, remade for other data."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,21 @@ def test_training_is_kept_epoch_by_epoch_and_done_once(tiny_testbed, targets, st
     other_images = [replace(target, image=Image.new("RGB", (64, 64), "blue")) for target in targets]
     cached_training(train, tiny_testbed, other_images, QUICK, store, **data())
     assert len(trained) == 5
+
+
+def test_of_two_that_want_the_same_at_once_one_trains(tiny_testbed, targets, store):
+    trained, work_is_there = [], []
+
+    def train(*args, work, **kwargs):
+        trained.append(work)
+        edit = finetuning.finetune(*args, work=work, progress=False, **kwargs)
+        work_is_there.append(work.is_dir())
+        return edit
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(cached_training, train, tiny_testbed, targets, QUICK, store, **data()) for _ in range(2)]
+        one, other = [[edit.fingerprint() for edit in waiting.result()] for waiting in both]
+    assert len(trained) == 1 and work_is_there == [True] and one == other
 
 
 def test_killed_training_goes_on_and_has_all_epochs(tiny_testbed, targets, store):
