@@ -16,10 +16,10 @@ figures: $(STAMP) ## run all notebooks in order; they write figures/, their exec
 	$(BIN)/python -m dori_utils.book $(ARGS)
 
 test: lint ## lint, then every test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: lint ## lint, then the tests that take seconds
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
 	$(BIN)/ruff check
