@@ -36,6 +36,8 @@ from papermill.exceptions import PapermillExecutionError, strip_color
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK_LINES = 12
+# Without tqdm's own guess: cells take between no time and half an hour.
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 PRELOADED = [
     *("ipykernel.kernelapp", "matplotlib.pyplot", "pandas", "sklearn.manifold"),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
@@ -195,12 +197,31 @@ def _code_cells_begun(executed: Path) -> int:
 
 def run_book(notebooks: list[Path], output: Path, parameters: dict | None = None) -> dict[str, float]:
     """Executes the notebooks one after another, a bar for each, up to the first error; returns seconds by notebook."""
-    seconds = {}
+    seconds, expected = {}, [_minutes(notebook) for notebook in notebooks]
     shares = share_out(parameters or {}, notebooks)
-    for number, (notebook, share) in enumerate(zip(notebooks, shares, strict=True), start=1):
-        progress = {"desc": f"{number}/{len(notebooks)} {notebook.stem}"}
+    for number, (notebook, share) in enumerate(zip(notebooks, shares, strict=True)):
+        left = time_left(expected, list(seconds.values()))
+        progress = {"desc": f"{number + 1}/{len(notebooks)} {notebook.stem}{left}", "bar_format": BAR}
         seconds[notebook.stem] = run_notebook(notebook, output / notebook.name, share, progress)
     return seconds
+
+
+def _minutes(notebook: Path) -> float:
+    """What a notebook says of itself, in its metadata: how long its first run takes on two cores."""
+    return nbformat.read(notebook, as_version=4).metadata.get("minutes", 0)
+
+
+def time_left(expected: list[float], seconds: list[float]) -> str:
+    """Text for the bar: minutes for this notebook and all after it, or nothing if no notebook says how long it takes.
+
+    Args:
+        expected: minutes of each notebook's first run, by its own word.
+        seconds: what those that are through took: this machine's speed, and how much it had in its cache.
+    """
+    done = sum(expected[: len(seconds)])
+    speed = sum(seconds) / 60 / done if done else 1.0
+    this, rest = speed * expected[len(seconds)], speed * sum(expected[len(seconds) :])
+    return f", about {this:.0f} min, in all {rest:.0f} min left" if rest else ""
 
 
 def _value(text: str):

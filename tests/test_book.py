@@ -49,6 +49,19 @@ def test_notebooks_run_in_order_and_a_table_of_seconds_follows(folder, capsys):
     assert "1/2 00_first" in printed.err and "2/2 01_second" in printed.err and "2/2 [" in printed.err
 
 
+def test_the_bar_says_how_long_it_takes_by_the_notebooks_own_word_and_the_speed_so_far(folder, capsys):
+    for name, minutes in (("00.ipynb", 10), ("01.ipynb", 20), ("02.ipynb", 30)):
+        notebook = nbformat.read(_write(folder, name, "1"), as_version=4)
+        notebook.metadata["minutes"] = minutes
+        nbformat.write(notebook, folder / name)
+    assert _run(folder) == 0
+    printed = capsys.readouterr().err
+    assert "1/3 00, about 10 min, in all 60 min left" in printed
+    assert "2/3 01, about 0 min, in all 1 min left" in printed or "in all 0 min left" in printed
+    assert book.time_left([10, 20, 30], [300.0]) == ", about 10 min, in all 25 min left"
+    assert book.time_left([0, 0], [4.0]) == ""
+
+
 def test_the_kernel_is_this_python_whatever_is_registered_as_python3(folder, tmp_path, monkeypatch):
     registered = tmp_path / "jupyter" / "kernels" / "python3"
     registered.mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import platform
+import resource
 import shutil
 
 import pytest
@@ -50,6 +52,18 @@ def test_loading_says_nothing_and_leaves_the_libraries_as_talkative_as_before(ti
     output = capsys.readouterr()
     for complaint in ("safety", "Expected types", "deprecated", "ignored"):
         assert complaint not in output.out + output.err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_memory_of_a_pass_serves_the_next_one(pipe):
+    def page_faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.empty(8_000_000).fill_(1.0)  # 32 MB, 8,000 pages: each by a mapping of its own, without the setting
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults()
+    assert page_faults() < 8000
 
 
 def test_sd2_is_told_apart_by_its_config(sd1, sd2):
