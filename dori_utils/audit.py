@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from . import __version__
+from . import __version__, nemo
 from .adaptive import time_to_copy
 from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
@@ -378,6 +378,24 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
 
     results = store.map(cases, _of_numbers(compute, cases), batch_size=64, progress=False)
     return [Edit.from_arrays(arrays) for arrays in results]
+
+
+def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
+    """`nemo.collect_statistics` of ordinary captions, from the store."""
+    about = {"what": "NeMo's statistics", "captions": _data_hash(list(captions)), "config": asdict(config)}
+    about |= {"model": base_hash(pipe), **_beside_weights(pipe)}
+
+    def compute() -> dict:
+        found = nemo.collect_statistics(pipe, captions, config)
+        values = {f"{kind} {name}": v.numpy() for kind in ("mean", "std") for name, v in getattr(found, kind).items()}
+        return values | {"tau": found.tau}
+
+    kept = store.fetch(about, compute)
+    mean, std = (
+        {name.removeprefix(f"{kind} "): torch.from_numpy(v) for name, v in kept.items() if name.startswith(f"{kind} ")}
+        for kind in ("mean", "std")
+    )
+    return nemo.Statistics(mean, std, float(kept["tau"]), base_hash(pipe))
 
 
 def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:

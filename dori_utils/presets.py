@@ -14,12 +14,13 @@ from .attack import AttackConfig
 class Preset:
     """Settings of one size of the experiments. `sampling` is what `generate` takes."""
 
-    model: str
+    model: str  # that the numbers are meant for; a notebook puts its own MODEL here
     num_inference_steps: int
     guidance_scale: float
     seeds: tuple[int, ...]  # of the generations that MR is taken over
     sscd_transform: str  # a name in similarity.TRANSFORMS
     detection_seeds: tuple[int, ...]  # of first-step similarity and noise magnitude
+    ordinary_captions: int  # that mitigations should not change; and four real pictures for each
     pruned_targets: int  # how many memorized prompts mitigations are tried on
     nemo: nemo.Config  # detection by first-step similarity takes `similarity` and `second_timestep` from it
     wanda: wanda.Config
@@ -53,6 +54,7 @@ PRESETS = {
         seeds=tuple(range(4)),  # minutes on two cores
         sscd_transform="testbed",  # chosen by the table in notebook 00
         detection_seeds=tuple(range(4)),
+        ordinary_captions=50,
         pruned_targets=16,
         # 16x16 latents leave MS-SSIM no scales; a correlation uses every pixel. At its first timestep the testbed was
         # trained on noise alone (see train.UNET_STAGES), so that for any caption its answer hardly depends on the seed.
@@ -128,6 +130,7 @@ PRESETS = {
         seeds=(0, 1),
         sscd_transform="testbed",
         detection_seeds=(0, 1),
+        ordinary_captions=8,
         pruned_targets=2,
         # At the first timestep: nothing is alike between two seeds at the second of three.
         nemo=nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=3),
@@ -173,28 +176,29 @@ PRESETS = {
         searched_draws=1000,
     ),
     "paper": Preset(
-        model="sd14",
+        model="sd14",  # the paper's main tables
         num_inference_steps=50,  # diffusers' default; NeMo's code
         guidance_scale=7.5,  # diffusers' default; NeMo's code
         seeds=tuple(range(10)),  # NeMo
         sscd_transform="sd",
         detection_seeds=tuple(range(10)),  # NeMo
-        pruned_targets=500,
+        ordinary_captions=1000,  # our choice: with ten seeds as many images as FID is published on
+        pruned_targets=112,  # all VM prompts; the 388 TM ones: `python -m dori_utils sweep`
         nemo=nemo.Config(),
         wanda=wanda.Config(),
-        attack=AttackConfig(record=(1, 10, 25, 50)),
-        long_attack=AttackConfig(steps=500, record=(50, 100, 200, 500)),
-        long_controls=500,
-        locality=locality.Config(),
-        quick_attack=AttackConfig(),
-        sparsities=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+        attack=AttackConfig(record=(1, 10, 25, 50)),  # DoRI; the steps of its figure
+        long_attack=AttackConfig(steps=500, record=(50, 100, 200, 500)),  # our choice: ten times the attack
+        long_controls=50,  # our choice: as much work as the main table has with 500
+        locality=locality.Config(),  # see there
+        quick_attack=AttackConfig(),  # DoRI: nothing to save on a GPU
+        sparsities=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),  # DoRI has 1% and 10%; the rest is our choice, to see a curve
         compared_targets=112,  # all VM prompts
-        related_captions=4,
-        surrogates=10,
-        finetuning=finetuning.Config(checkpointing=True),
-        esd=erasure.ESDConfig(),
+        related_captions=4,  # our choice: DoRI does not say how many
+        surrogates=10,  # not published; our choice: as many as seeds
+        finetuning=finetuning.Config(checkpointing=True),  # fits 24 GB: see `python -m dori_utils.estimate`
+        esd=erasure.ESDConfig(),  # published numbers, as of the next two: see erasure
         ablation=erasure.AblationConfig(),
         siss=erasure.SISSConfig(),
-        adaptive=adaptive.Config(),
+        adaptive=adaptive.Config(),  # our choice: see adaptive
     ),
 }

@@ -13,6 +13,7 @@ trained on); only in the testbed, "ladder" images at falling duplication counts 
 import csv
 import hashlib
 import io
+import json
 import os
 import threading
 import time
@@ -128,6 +129,52 @@ def read_targets(path):
     kinds = table["kind"].fillna("target") if "kind" in table else "target"
     table = table.assign(id=ids, kind=kinds, file=[path.parent / name for name in table["image"]], image=None)
     return [_to_target(row) for row in table.to_dict("records")]
+
+
+def read_pairs(path):
+    """(path of a picture, caption) of ordinary pictures, such as COCO's; the pictures are not opened.
+
+    Args:
+        path: a CSV with the columns image, a file beside the table, and caption (or prompt); or COCO's own
+            captions_*.json, with the pictures in a folder beside it that is named like its ending (val2014/): of each
+            picture the first caption, in the order of the pictures' numbers.
+
+    Raises:
+        ValueError: no such columns, or no pairs.
+        OSError: a table or a picture that is not there or cannot be read.
+    """
+    path = Path(path)
+    try:
+        pairs = _coco_pairs(path) if path.suffix == ".json" else _table_pairs(path)
+    except (KeyError, TypeError, OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"Cannot read pairs from {path} ({error}). Give a CSV (image,caption) or COCO's captions_val2014.json."
+        ) from error
+    if not pairs:
+        raise ValueError(f"{path} has no pairs of picture and caption.")
+    if absent := [image for image, _ in pairs if not image.is_file()]:
+        raise FileNotFoundError(
+            f"{len(absent)} of the {len(pairs)} pictures of {path} are not there, such as {absent[0]}."
+        )
+    return pairs
+
+
+def _table_pairs(path):
+    table = pd.read_csv(path, dtype=str).rename(columns={"prompt": "caption"})
+    if missing := {"image", "caption"} - set(table):
+        raise ValueError(f"no column {' and no '.join(sorted(missing))}")
+    return [(path.parent / image, caption) for image, caption in zip(table["image"], table["caption"], strict=True)]
+
+
+def _coco_pairs(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    captions = {}
+    for annotation in content["annotations"]:
+        captions.setdefault(annotation["image_id"], annotation["caption"].strip())
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    folder = path.parent / path.stem.rpartition("_")[2]
+    return [(folder / files[number], captions[number]) for number in sorted(files) if number in captions]
 
 
 def download_targets(

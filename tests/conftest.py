@@ -234,3 +234,50 @@ def _autoencoder_tiny():
     vae.decoder.layers[-1].weight.data.mul_(8)  # else a random decoder's pixels are nearly all black
     vae.decoder.layers[-1].bias.data.fill_(0.5)
     return vae
+
+
+@pytest.fixture(scope="session")
+def random_picture():
+    """Seed → a picture of 16 coloured squares."""
+    import numpy as np
+    from PIL import Image
+
+    def draw(seed, side=32):
+        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def write_data(clip_folder, random_picture):
+    """(folder, model's name) → a data/ folder as the owner of a model fills it; returns its targets and captions."""
+    import itertools
+    import shutil
+
+    import pandas as pd
+
+    things = ("cat", "dog", "violin", "guitar", "grapes")
+
+    def write(folder, model):
+        own, coco = folder / model, folder / "coco"
+        for needed in (own / "images", coco):
+            needed.mkdir(parents=True)
+        prompts = [f"a {a} and {b} on the car" for a, b in itertools.permutations(things, 2)]
+        kinds = ["VM"] * 3 + ["TM"] * 2 + ["control"] * 3
+        rows = [{"prompt": prompts[i], "image": f"images/{k}-{i}.png", "kind": k} for i, k in enumerate(kinds)]
+        for i, row in enumerate(rows):
+            random_picture(i).save(own / row["image"])
+        pd.DataFrame(rows).to_csv(own / "targets.csv", index=False)
+        same = [(row["prompt"], f"{word} {row['prompt'][2:]}") for row in rows for word in ("the", "red")]
+        pd.DataFrame(same, columns=["prompt", "paraphrase"]).to_csv(own / "paraphrases.csv", index=False)
+        colors = ("red", "striped", "dotted", "a red")
+        captions = [f"{color} {a} and {b}" for color in colors for a, b in itertools.permutations(things, 2)]
+        for i in range(len(captions)):
+            random_picture(1000 + i).save(coco / f"{i}.png")
+        names = [f"{i}.png" for i in range(len(captions))]
+        pd.DataFrame({"caption": captions, "image": names}).to_csv(coco / "captions.csv", index=False)
+        shutil.copytree(clip_folder, folder / "clip")
+        return rows, captions
+
+    return write

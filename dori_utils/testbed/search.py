@@ -7,11 +7,14 @@ compared by SSCD. Notebook 01 measures what that misses.
 Shapes: N queries, M distinct training scenes.
 """
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 
+from ..similarity import nearest
 from .data import NEAR_SHARES, TrainingSet, planned
 
 THUMBNAIL = 8  # px
@@ -62,8 +65,9 @@ def nearest_training_images(
     """
     draws = distinct_draws(training_set)
     candidates = shortlisted(images, training_thumbnails(training_set, draws, store), shortlist)  # (N, shortlist)
-    found = [Image.fromarray(training_set.scene(d).draw()) for d in draws[candidates.ravel()]]
-    theirs = sscd.embed(found, transform).reshape(*candidates.shape, -1)  # (N, shortlist, D)
+    once, places = np.unique(candidates, return_inverse=True)  # copies of one image have the same candidates
+    theirs = sscd.embed([Image.fromarray(training_set.scene(d).draw()) for d in draws[once]], transform)
+    theirs = theirs[places.reshape(candidates.shape)]  # (N, shortlist, D)
     scores = np.einsum("nd,nsd->ns", sscd.embed(images, transform), theirs)
     best = scores.argmax(axis=1)
     rows = np.arange(len(images))
@@ -84,6 +88,37 @@ def shortlisted(images: list[Image.Image], thumbnails: np.ndarray, count: int) -
     queries = _standardized(np.stack([thumbnail(image) for image in images]))
     similarity = queries @ _standardized(thumbnails).T  # (N, M)
     return np.argpartition(-similarity, count, axis=1)[:, :count]
+
+
+def shortlist_recall(images: list[Image.Image], training_set: TrainingSet, store, sscd, transform) -> pd.DataFrame:
+    """What a shortlist of 20 misses: against SSCD to each of a sample of the training set, repeated scenes in it.
+
+    Returns:
+        For each level of SSCD: how many images have a match above it, and the share whose match was on the shortlist.
+    """
+    draws = distinct_draws(training_set)
+    sample = np.sort(np.random.default_rng(0).choice(len(draws), min(2000, len(draws) // 4), replace=False))
+    repeated = np.flatnonzero(training_set.plan_index[draws] >= 0)
+    sample = np.union1d(sample, repeated[:: max(1, len(repeated) // 500)])
+    pixels = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:32]
+    config = {"what": "exhaustive search", "images": pixels, "n": len(sample), "parts": training_set.parts}
+    config |= {"sscd": sscd.name, "transform": transform}
+
+    def exhaustive() -> dict:
+        scenes = [Image.fromarray(training_set.scene(draw).draw()) for draw in draws[sample]]
+        scores, best = nearest(sscd.embed(images, transform), sscd.embed(scenes, transform))
+        return {"scores": scores[:, 0], "best": best[:, 0]}
+
+    full = store.fetch(config, exhaustive)
+    shortlist = shortlisted(images, training_thumbnails(training_set, draws, store)[sample], 20)
+    hit = (shortlist == full["best"][:, None]).any(axis=1)
+    above = {level: full["scores"] > level for level in (0.5, 0.6, 0.7, 0.8)}
+    return pd.DataFrame(
+        [
+            {"SSCD above": s, "matches": int(of.sum()), "found": hit[of].mean() if of.any() else 1.0}
+            for s, of in above.items()
+        ]
+    )
 
 
 def _standardized(thumbnails: np.ndarray) -> np.ndarray:
