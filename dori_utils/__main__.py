@@ -1,9 +1,11 @@
 """The command line: is the image really gone from this model?
 
-    python -m dori_utils audit --out build/audit --limit 4               # the bundled testbed, a quarter of an hour
-    python -m dori_utils audit --out DIR --model sd14 --targets data/sd14 --controls mine/unseen.csv --unet their_unet/
+    python -m dori_utils audit --out build/audit --limit 8               # the bundled testbed
+    python -m dori_utils audit --out DIR --model sd14 --targets data/sd14 --controls mine/unseen.csv --edit their_unet/
+    python -m dori_utils sweep ...                                       # many audits, case by case: see sweep
+    python -m dori_utils download sd14                                   # prompts and images known to be memorized
 
-Prints where the report is. Finished cases are kept in cache/: after an interruption the same command goes on.
+Prints where the result is. Finished cases are kept: after an interruption the same command goes on.
 """
 
 import argparse
@@ -11,88 +13,97 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from . import sweep
+from .models import load_pipeline
 from .presets import PRESETS
+from .report import write_report
+from .store import data_folder, default_store
+from .targets import PROMPT_LISTS, download_targets, load_targets, read_targets
+from .weights import edit_name, read_edit
 
 
 def _parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m dori_utils", description="Is the image really gone?")
     commands = parser.add_subparsers(dest="command", required=True)
     audit = commands.add_parser("audit", help="attack a model's memorized images and write a report")
-    audit.add_argument("--model", default="testbed", help="testbed, sd14, sd15, sd2, a folder or a Hub id")
-    audit.add_argument("--preset", choices=sorted(PRESETS), help="default: testbed for the testbed, else paper")
-    audit.add_argument("--targets", help="a table (CSV: prompt,image) or a folder filled by download_targets")
-    audit.add_argument("--controls", help="images that the model has never seen, likewise; default: our own scenes")
-    audit.add_argument("--unet", action="append", default=[], type=Path, help="a folder with another U-Net; repeatable")
-    audit.add_argument("--edit", action="append", default=[], type=Path, help="a file of Edit.save; repeatable")
+    sweep.add_model_arguments(audit)
+    audit.add_argument(
+        "--edit", action="append", default=[], metavar="PATH", help="weights to audit on top: see weights; repeatable"
+    )
     audit.add_argument("--steps", type=int, help="of the attack; default: the preset's, as of what follows")
     audit.add_argument("--lr", type=float, help="of the attack")
     audit.add_argument("--start", choices=["prompt", "noise"], help="of the attack")
     audit.add_argument("--restarts", type=int, help="attacks on each image, of which the best counts")
-    audit.add_argument("--seeds", type=int, help="generations of each prompt and trigger")
-    audit.add_argument("--limit", type=int, help="only the first so many targets, and as many controls")
     audit.add_argument("--out", type=Path, required=True, help="folder of the report")
+    sweep.add_arguments(commands.add_parser("sweep", help="many audits, case by case, on this machine or on a cluster"))
+    download = commands.add_parser("download", help="prompts that a model is known to have memorized, and their images")
+    download.add_argument("name", choices=sorted(PROMPT_LISTS), help="the model")
+    download.add_argument("--folder", type=Path, help="default: data/NAME")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     options = _parse(arguments)
     try:
-        print(_audit(options))
-    except (ValueError, OSError) as error:
+        print({"audit": _audit, "sweep": _sweep, "download": _download}[options.command](options))
+    except (ValueError, OSError, ImportError, sweep.CasesFailed) as error:
         print(f"{error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _audit(options):
-    from .models import load_pipeline
-    from .report import write_report
-    from .store import default_store
-
-    own = options.model == "testbed"
-    if options.targets is None and not own:
-        raise ValueError("Which images? Give --targets a table (CSV: prompt,image) or a folder.")
-    preset = replace(PRESETS[options.preset or ("testbed" if own else "paper")], model=options.model)
-    if options.seeds is not None:
-        preset = replace(preset, seeds=tuple(range(options.seeds)))
+    preset, targets, controls = _asked(options)
     chosen = {name: getattr(options, name) for name in ("steps", "lr", "start", "restarts")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     steps = chosen.get("steps", preset.attack.steps)
     record = (*(step for step in preset.attack.record if step < steps), steps)
     attack = replace(preset.attack, record=record, **chosen)
-    targets = _targets(options.targets, "VM")[: options.limit]
-    controls = _targets(options.controls, "control")
-    controls = controls[: options.limit or (len(controls) if options.controls else len(targets))]
-    pipe = load_pipeline(options.model)
+    pipe = load_pipeline(options.model, base=options.base)
     return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, _edits(pipe, options))
 
 
-def _targets(where, kind):
-    """Targets with an image: of a table, of a folder that `download_targets` has filled, or the testbed's."""
-    from .targets import load_targets, read_targets
+def _sweep(options):
+    return sweep.command(options, *_asked(options))
 
+
+def _asked(options):
+    """Preset, targets and controls of either command."""
+    own = options.model == "testbed"
+    if options.targets is None and not own:
+        raise ValueError("Which images? Give --targets a table (CSV: prompt,image) or a folder of captioned pictures.")
+    preset = replace(PRESETS[options.preset or ("testbed" if own else "paper")], model=options.model)
+    if options.seeds is not None:
+        preset = replace(preset, seeds=tuple(range(options.seeds)))
+    targets = _targets(options.targets, ("VM", "TM"))[: options.limit]
+    controls = _targets(options.controls, ("control",))
+    return preset, targets, controls[: options.limit or (len(controls) if options.controls else len(targets))]
+
+
+def _targets(where, kinds):
+    """Targets with an image: of a table, of a folder of pictures or of `download`, or the testbed's."""
     if where is None:
-        return load_targets("testbed", kind=kind)
-    if Path(where).is_dir():
-        return [target for target in load_targets("sd14", kind=kind, folder=where) if target.image is not None]
+        return load_targets("testbed", kind=kinds[0])
+    if (Path(where) / PROMPT_LISTS["sd14"][0].file).is_file():
+        found = load_targets("sd14", folder=where)
+        return [target for target in found if target.kind in kinds and target.image is not None]
     return read_targets(where)
 
 
 def _edits(pipe, options):
-    """The name and `Edit` of each edit file and each U-Net, after the model as it is."""
-    from .edits import Edit
-    from .models import load_unet
-
+    """The name and `Edit` of each path, after the model as it is."""
     edits = {"original": None}
-    for path in [*options.edit, *options.unet]:
-        name = path.resolve().parent.name if path.name == "unet" else path.stem if path.is_file() else path.name
-        if name in edits:
+    for path in options.edit:
+        if (name := edit_name(path)) in edits:
             raise ValueError(f"Two mitigations are called {name!r}. Rename one of the files or folders.")
-        if path in options.edit:
-            edits[name] = Edit.load(path)
-        else:
-            edits[name] = Edit.between(pipe, load_unet(path, dtype=pipe.unet.dtype), method=name)
+        edits[name] = read_edit(pipe, path)
     return edits
+
+
+def _download(options):
+    folder = options.folder or data_folder() / options.name
+    dead = download_targets(options.name, folder)
+    return f"{folder}: prompts, and in images/ those that are still online; {len(dead)} are not (dead_images.csv)"
 
 
 if __name__ == "__main__":

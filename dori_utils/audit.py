@@ -25,7 +25,7 @@ from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash
 from .generation import generate
-from .metrics import bootstrap_interval, diversity, frechet_distance, memorization_rate
+from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
 from .models import model_hash
 from .similarity import TRANSFORMS, load_sscd
 from .store import canonical_json
@@ -312,7 +312,7 @@ def _trigger_arrays(found: Triggers) -> dict:
     }
 
 
-def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.DataFrame:
+def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, inception=None) -> pd.DataFrame:
     """What mitigations cost prompts that nobody wanted changed.
 
     Args:
@@ -320,11 +320,13 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.D
         reference: PIL images that the generations should be distributed like, such as real ones of these captions.
         clip: of `metrics.load_clip`.
         edits: as `audit` takes them; of a list of K edits, each made for another target, caption i gets number i % K.
+        inception: file of Inception's weights, for FID and KID; None: without them.
 
     Returns:
         A row for each mitigation: alignment, mean A_CLIP of C captions; change, its difference to the same captions and
         seeds without mitigation, with a 95% interval over captions (low, high); frechet, the Fréchet distance of CLIP's
-        image features to the reference's, images one for each caption and seed: compare only rows of one table.
+        image features to the reference's, images one for each caption and seed: compare only rows of one table. With
+        `inception` the fields of `metrics.InceptionDistances`, too.
     """
     real, texts, rows = clip.embed_images(reference), clip.embed_texts(captions), []
 
@@ -335,14 +337,30 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits) -> pd.D
     plain = np.einsum("csd,cd->c", without, texts) / len(preset.seeds)
     for name, edit in edits.items():
         each = edit if isinstance(edit, list | tuple) else [edit]
-        features = without if edit is None else embedded([each[i % len(each)] for i in range(len(captions))])
+        each = None if edit is None else [each[i % len(each)] for i in range(len(captions))]
+        features = without if each is None else embedded(each)
         ours = np.einsum("csd,cd->c", features, texts) / len(preset.seeds)
         low, high = bootstrap_interval(ours - plain)
         row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean(), "low": low, "high": high}
-        rows.append(row | {"frechet": frechet_distance(features.reshape(-1, features.shape[-1]), real)})
+        row["frechet"] = frechet_distance(features.reshape(-1, features.shape[-1]), real)
+        if inception is not None:
+            row |= _cached_distances(pipe, captions, reference, preset, store, each, inception)
+        rows.append(row)
     table = pd.DataFrame(rows)
     table.attrs = provenance(pipe, preset, clip=clip)
     return table
+
+
+def _cached_distances(pipe, captions, reference, preset, store, edits, weights) -> dict:
+    cases, _ = _cases(captions, preset.seeds, preset, edits)
+    about = {"what": "FID and KID", "cases": cases, "reference": _data_hash(reference), "weights": Path(weights).name}
+    about |= {"model": model_hash(pipe), **_beside_weights(pipe)}
+
+    def compute() -> dict:
+        images = cached_generate(pipe, captions, preset.seeds, preset, store, edits)
+        return asdict(inception_distances([image for row in images for image in row], reference, weights))
+
+    return {name: value.item() for name, value in store.fetch(about, compute).items()}
 
 
 def edit_of_each(edit, targets, controls=(), name="edits") -> list[Edit] | None:

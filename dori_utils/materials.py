@@ -10,7 +10,8 @@ put into `data/` (or the folder that the environment variable DORI_DATA names):
         nemo_statistics.safetensors  of `nemo.Statistics.save`; else they are taken from the ordinary captions
         paraphrases.csv              prompt,paraphrase: for Concept Ablation, three or more of each prompt
     data/coco/                       captions_val2014.json and val2014/, or captions.csv: caption,image
-    data/clip/                       openai/clip-vit-base-patch32, as `huggingface-cli download` writes it
+    data/clip/                       CLIP ViT-B/32: `metrics.load_clip` says how to get it
+    data/weights-inception-….pth     optional: Inception's weights, for FID and KID: `metrics.inception_distances`
 
 Each thing is looked for when it is used, so a notebook needs no more than it shows.
 """
@@ -26,7 +27,7 @@ from PIL import Image
 
 from . import nemo
 from .audit import cached_statistics
-from .metrics import load_clip
+from .metrics import INCEPTION, load_clip
 from .models import MODELS, TESTBED
 from .similarity import nearest
 from .store import data_folder
@@ -77,6 +78,8 @@ class BundledMaterials:
     @cached_property
     def clip(self):
         return load_clip(TESTBED / "clip")
+
+    inception = None  # it says little of pictures of 64 pixels
 
     def statistics(self, pipe, config, store):
         return nemo.Statistics.load(TESTBED / "nemo_statistics.safetensors")
@@ -153,6 +156,12 @@ class FolderMaterials:
     @cached_property
     def clip(self):
         return load_clip(data_folder() / "clip")
+
+    @property
+    def inception(self) -> Path | None:
+        """Inception's weights, if they are there; without them tables have no FID and KID."""
+        weights = data_folder() / INCEPTION
+        return weights if weights.is_file() else None
 
     def statistics(self, pipe, config, store):
         """NeMo's: those in the folder if there are any, else of the ordinary captions, kept in the store."""

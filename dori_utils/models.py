@@ -31,15 +31,19 @@ MODELS = {
 }
 
 WEIGHTS = ("unet", "text_encoder", "vae")
+PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 @torch.inference_mode(False)  # else weights loaded under a caller's inference_mode could not be attacked
-def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=None, local_files_only=False):
+def load_pipeline(name_or_path="testbed", *, base=None, device=None, dtype=None, revision=None, local_files_only=False):
     """Load a Stable Diffusion pipeline, in evaluation mode and without gradients.
 
     Args:
-        name_or_path: a key of `MODELS`, a folder in diffusers' layout, or a Hub id "owner/name". A key wins over a
-            folder of the same name; write "./sd14" for the folder.
+        name_or_path: a key of `MODELS`, a folder in diffusers' layout, a single-file checkpoint (safetensors), or a Hub
+            id "owner/name", also with its revision, "owner/name@revision". A key wins over a folder of the same name;
+            write "./sd14" for the folder.
+        base: of a single file, which has weights alone: the model whose configuration and tokenizer it has, named as
+            above; default: by what the file holds, Stable Diffusion 1.5 or 2.1.
         device: where to put it; default: the best one that there is (`default_device`).
         dtype: of the weights; default: float16 on CUDA, float32 elsewhere, and everywhere for the testbed, which is
             small: so its hash, and with it edits and NeMo's statistics, are the same on every device.
@@ -50,11 +54,12 @@ def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=N
         A `StableDiffusionPipeline`.
 
     Raises:
-        ValueError: an unknown name (with the nearest known ones), or a model without cross-attention.
+        ValueError: an unknown name (with the nearest known ones), a model without cross-attention, or a file that is no
+            checkpoint of a whole Stable Diffusion 1.x or 2.x.
         FileNotFoundError: a missing folder or file.
         OSError: a model that the Hub does not give, or a file that cannot be read.
     """
-    with _quiet():
+    with quiet():
         from diffusers import StableDiffusionPipeline
 
     device = torch.device(device) if device is not None else default_device()
@@ -62,9 +67,11 @@ def load_pipeline(name_or_path="testbed", *, device=None, dtype=None, revision=N
         _keep_memory()
     folder = _locate(name_or_path, revision, local_files_only)
     dtype = dtype or (torch.float16 if device.type == "cuda" and folder.resolve() != TESTBED else torch.float32)
+    if folder.is_file():
+        return _load_single_file(folder, base, dtype, local_files_only).to(device)
     _check_files(folder)
     try:
-        with _quiet():
+        with quiet():
             parts = {part: _load_part(folder, part, dtype) for part in WEIGHTS}
             pipe = StableDiffusionPipeline.from_pretrained(
                 folder, **parts, safety_checker=None, requires_safety_checker=False, local_files_only=True
@@ -141,15 +148,18 @@ def _locate(name_or_path, revision, local_files_only):
     """The folder that holds the model, downloaded from the Hub if need be."""
     location = MODELS.get(str(name_or_path), name_or_path)
     folder = Path(location).expanduser()
-    if folder.is_dir():
+    if folder.is_file() and folder.suffix in PICKLED:
+        raise OSError(f"{folder} is pickled, and a pickle can run code when it is opened. Give it as safetensors.")
+    if folder.exists():
         return folder
     if folder == TESTBED:
         raise FileNotFoundError(
             f"The testbed model is not in {TESTBED}. It comes with the repository (install with `pip install -e .`), "
             "and `python -m dori_utils.testbed.train` trains it anew."
         )
-    if isinstance(location, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", location):
-        return _download(location, revision, local_files_only)
+    if isinstance(location, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", location):
+        name, _, own = location.partition("@")
+        return _download(name, own or revision, local_files_only)
     if isinstance(location, Path) or re.search(r"[/\\]", location):
         raise FileNotFoundError(f"No folder {folder} to load a model from. Check the path.")
     near = difflib.get_close_matches(location, MODELS, cutoff=0.5)
@@ -164,7 +174,7 @@ def _download(hub_id, revision, local_files_only):
     from diffusers import StableDiffusionPipeline
 
     try:
-        with _quiet():
+        with quiet():
             folder = StableDiffusionPipeline.download(
                 hub_id,
                 revision=revision,
@@ -205,6 +215,45 @@ def _check_files(folder):
             raise FileNotFoundError(f"No tokenizer file {tokenizer / name}. {_repair(folder)}")
 
 
+def _load_single_file(file, base, dtype, local_files_only):
+    """The pipeline of a checkpoint in the original layout, in the state in which `load_pipeline` hands it over."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors import safe_open
+
+    _check_safetensors(file)
+    with safe_open(file, framework="pt") as content:
+        keys = set(content.keys())
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise ValueError(
+            f"{file} is no checkpoint of a whole model: it holds {', '.join(sorted(keys)[:2])}, and no name begins "
+            "with model.diffusion_model. A U-Net or a LoRA goes on top of a model: see weights.read_edit, or --edit."
+        )
+    if base is None:
+        base = "sd2" if any(key.startswith("cond_stage_model.model.") for key in keys) else "sd15"
+    config = MODELS.get(str(base), base)  # of a Hub id diffusers fetches the configurations alone
+    try:
+        with quiet():
+            pipe = StableDiffusionPipeline.from_single_file(
+                str(file),
+                config=str(config),
+                torch_dtype=dtype,
+                local_files_only=local_files_only or Path(config).is_dir(),
+                safety_checker=None,
+            )
+    except Exception as error:
+        raise OSError(
+            f"Cannot load {file} with the configuration of {config}: {_first_line(error)}. Give as `base` (--base) the "
+            "model that it was made from, a folder in diffusers' layout or a Hub id."
+        ) from error
+    _check_cross_attention(pipe.unet, file)
+    for part in WEIGHTS:
+        model = getattr(pipe, part)
+        if lost := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ValueError(f"{file} lacks weights of the {part}: {', '.join(sorted(lost)[:3])}.")
+        model.to(dtype).eval().requires_grad_(False)
+    return pipe
+
+
 def _check_safetensors(file):
     """A cheap check: the header must be readable, and the file as long as it says."""
     from safetensors import SafetensorError, safe_open
@@ -226,7 +275,7 @@ def _load_part(folder, part, dtype):
 
 
 def _from_pretrained(model_class, folder):
-    with _quiet():
+    with quiet():
         model, report = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
@@ -236,7 +285,7 @@ def _from_pretrained(model_class, folder):
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Without the libraries' warnings while loading: what matters in them is raised here as an error."""
     import diffusers
     import transformers

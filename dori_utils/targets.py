@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +33,8 @@ NEMO_URL = (
     "https://raw.githubusercontent.com/ml-research/localizing_memorization_in_diffusion_models/"
     "c8de0c620ec511cdb9e937905d1503cd9758910b/prompts"
 )
+TEXTS = {"id": str, "prompt": str, "image": str}  # columns of a table of targets that are never numbers
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MIN_SIDE = 16  # pixels; hosts answer for a lost image with a 1 x 1 one
 MAX_BYTES = 64 * 2**20  # of one file; nobody's answer may fill the memory
 
@@ -101,9 +104,11 @@ def load_targets(name="testbed", *, kind=None, folder=None):
 
 
 def read_targets(path):
-    """Targets of one's own from a table: CSV with the columns prompt and image, a file beside the table.
+    """Targets of one's own: a CSV with the columns prompt and image, a file beside the table; or a folder of pictures.
 
-    Optional columns: id (default: the image's file name), kind (default "target"), duplicates.
+    Optional columns: id (default: the image's file name), kind (default "target"), duplicates. A folder has captions in
+    its metadata.csv or metadata.jsonl (file_name and text, as Hugging Face's imagefolder), or beside each picture in a
+    .txt of the same name.
 
     Returns:
         A list of `Target`, images RGB.
@@ -113,10 +118,12 @@ def read_targets(path):
         OSError: a table or image that is not there or cannot be read.
     """
     path = Path(path)
+    folder = path if path.is_dir() else path.parent
     try:
-        table = pd.read_csv(path, dtype={"id": str, "prompt": str, "image": str})
+        table = _folder_table(path) if path.is_dir() else pd.read_csv(path, dtype=TEXTS)
     except (ValueError, OSError) as error:
-        raise OSError(f"Cannot read the targets in {path} ({error}). Give a CSV: prompt,image.") from error
+        advice = "Give a CSV (prompt,image), or a folder of pictures with captions."
+        raise OSError(f"Cannot read the targets in {path} ({error}). {advice}") from error
     if missing := {"prompt", "image"} - set(table):
         raise ValueError(f"{path} has no column {' and no '.join(sorted(missing))}; it has {', '.join(table)}.")
     empty = table[["prompt", "image"]].isna().any(axis=1)
@@ -127,8 +134,23 @@ def read_targets(path):
     if ids.duplicated().any():
         raise ValueError(f"{path} has the id {ids[ids.duplicated()].iloc[0]!r} twice.")
     kinds = table["kind"].fillna("target") if "kind" in table else "target"
-    table = table.assign(id=ids, kind=kinds, file=[path.parent / name for name in table["image"]], image=None)
+    table = table.assign(id=ids, kind=kinds, file=[folder / name for name in table["image"]], image=None)
     return [_to_target(row) for row in table.to_dict("records")]
+
+
+def _folder_table(folder):
+    """Columns prompt and image, and whatever else its metadata has."""
+    names = {"file_name": "image", "text": "prompt", "caption": "prompt"}
+    for name, read in (("metadata.csv", pd.read_csv), ("metadata.jsonl", partial(pd.read_json, lines=True))):
+        if (folder / name).is_file():
+            return read(folder / name, dtype=TEXTS | {"file_name": str, "text": str}).rename(columns=names)
+    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not pictures:
+        raise ValueError("no pictures in it")
+    if silent := [file.name for file in pictures if not file.with_suffix(".txt").is_file()]:
+        raise ValueError(f"no caption of {silent[0]}: neither metadata.csv nor {Path(silent[0]).stem}.txt")
+    prompts = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() or None for file in pictures]
+    return pd.DataFrame({"prompt": prompts, "image": [file.name for file in pictures]})
 
 
 def read_pairs(path):

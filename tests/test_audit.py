@@ -27,7 +27,7 @@ from dori_utils.audit import (
 )
 from dori_utils.edits import Edit, applied
 from dori_utils.generation import encode_prompts, generate
-from dori_utils.metrics import clip_alignment, diversity
+from dori_utils.metrics import InceptionDistances, clip_alignment, diversity
 from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
 from dori_utils.similarity import load_sscd, sscd_scores
@@ -323,3 +323,22 @@ def test_a_control_model_is_attacked_on_the_same_targets(tiny_testbed, sd2, stor
     own, other = (table.loc[table["mitigation"] == name, "sscd"].to_numpy() for name in ("none", "control model"))
     assert own.shape == other.shape and not np.allclose(own, other)
     assert table.attrs["control weights"] == model_hash(sd2) != table.attrs["weights"]
+
+
+def test_fid_and_kid_stand_beside_the_cost_where_inceptions_weights_are(tiny_testbed, clip, tmp_path, monkeypatch):
+    asked = []
+
+    def distances(images, reference, weights):  # the real one needs weights that are not here
+        asked.append((len(images), len(reference), weights))
+        return InceptionDistances(10.0 + len(asked), 0.1, 0.01, len(images), len(reference))
+
+    monkeypatch.setattr(audit_module, "inception_distances", distances)
+    store, captions = Store(tmp_path), ["a cat", "a red dog", "the violin"]
+    real = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
+    given = (captions, real, PRESET, store, clip, {"original": None, "pruned": value_rows_off(tiny_testbed, 0.5)})
+    for _ in range(2):  # the second time from the store
+        cost = ordinary_cost(tiny_testbed, *given, "weights.pth")
+    images = 3 * len(PRESET.seeds)
+    assert cost["fid"].tolist() == [11.0, 12.0] and cost["images"].tolist() == [images] * 2
+    assert asked == [(images, 3, "weights.pth")] * 2
+    assert "fid" not in ordinary_cost(tiny_testbed, *given)

@@ -115,7 +115,7 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     other.save_pretrained(own_images / "theirs")
     command = ["audit", "--model", tiny_testbed_folder, "--preset", "smoke", "--out", own_images / "out"]
     command += ["--targets", own_images / "targets.csv", "--controls", own_images / "controls.csv", "--steps", "2"]
-    command += ["--edit", own_images / "pruned.safetensors", "--unet", own_images / "theirs"]
+    command += ["--edit", own_images / "pruned.safetensors", "--edit", own_images / "theirs"]
     assert main([str(part) for part in command]) == 0
     assert capsys.readouterr().out.strip() == str(own_images / "out" / "report.html")
     html = (own_images / "out" / "report.html").read_text()
@@ -157,8 +157,10 @@ def test_the_command_says_what_is_missing(tiny_testbed_folder, own_images, capsy
     assert "--targets" in capsys.readouterr().err
     assert main(["audit", "--model", "sd41", "--targets", str(own_images / "targets.csv"), *out]) == 1
     assert "Did you mean" in capsys.readouterr().err
-    assert main(["audit", "--unet", str(own_images), "--limit", "1", *out]) == 1
+    assert main(["audit", "--edit", str(own_images), "--limit", "1", *out]) == 1
     assert "holds no U-Net" in capsys.readouterr().err
+    assert main(["audit", "--edit", "nothing.safetensors", "--limit", "1", *out]) == 1
+    assert "There is no nothing.safetensors. Give a file of Edit.save, a U-Net" in capsys.readouterr().err
     pruned = own_images / "original.safetensors"
     pruned.touch()
     assert main(["audit", "--edit", str(pruned), "--limit", "1", *out]) == 1

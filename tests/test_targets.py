@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dori_utils import targets
-from dori_utils.targets import PromptList, download_targets, load_targets
+from dori_utils.targets import PromptList, download_targets, load_targets, read_targets
 
 NEMO = Path(__file__).parents[2] / "shared" / "data" / "nemo"
 FAST = dict(backoff=0.01, timeout=2.0, progress=False)
@@ -233,6 +233,14 @@ def test_an_interrupted_download_leaves_whole_files_only_and_resumes(web, publis
     assert all(target.image for target in load_targets("tiny", folder=tmp_path)) and not leftovers(tmp_path)
 
 
+@pytest.mark.slow
+def test_a_killed_download_leaves_whole_files_only_and_resumes():
+    from dori_utils.scorecard import half_downloads
+
+    lost, remark = half_downloads()
+    assert lost == 0 and 8 <= int(remark.split()[2]) < 64
+
+
 def test_ctrl_c_starts_no_further_images(web, publish, tmp_path, monkeypatch):
     def interrupted(reasons, **kwargs):
         yield next(reasons)
@@ -308,6 +316,34 @@ def testbed(tmp_path):
     )
     table.to_parquet(tmp_path / "targets.parquet")
     return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["metadata.csv", "metadata.jsonl", "txt"])
+def test_a_folder_of_pictures_with_captions_is_targets(layout, tmp_path):
+    captions = {"a.png": "a cat, red", "2.jpg": "a dog"}
+    for name, color in zip(captions, ("red", "blue"), strict=True):
+        Image.new("RGB", (40, 30), color).save(tmp_path / name)
+        if layout == "txt":
+            (tmp_path / name).with_suffix(".txt").write_text(f"{captions[name]}\n")
+    table = pd.DataFrame({"file_name": list(captions), "text": list(captions.values())})
+    if layout == "metadata.csv":
+        table.to_csv(tmp_path / layout, index=False)
+    elif layout == "metadata.jsonl":
+        table.to_json(tmp_path / layout, orient="records", lines=True)
+    found = {target.id: target for target in read_targets(tmp_path)}
+    assert {id: target.prompt for id, target in found.items()} == {"a": "a cat, red", "2": "a dog"}
+    assert found["a"].image.getpixel((0, 0)) == (255, 0, 0) and found["a"].kind == "target"
+
+
+def test_a_folder_without_pictures_or_captions_says_so(tmp_path):
+    with pytest.raises(OSError, match="no pictures in it.*Give a CSV"):
+        read_targets(tmp_path)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    with pytest.raises(OSError, match="no caption of a.png: neither metadata.csv nor a.txt"):
+        read_targets(tmp_path)
+    (tmp_path / "a.txt").write_text(" ")
+    with pytest.raises(ValueError, match="no prompt or no image in row 1"):
+        read_targets(tmp_path)
 
 
 def test_testbed_targets_have_images_and_duplicates(testbed):
