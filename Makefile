@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help figures test test-fast lint lab scorecard bench
+.PHONY: help figures test test-fast test-slow lint lab scorecard bench
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -20,6 +20,9 @@ test: lint ## lint, then every test
 
 test-fast: lint ## lint, then the tests that take seconds
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-slow: $(STAMP) ## Stable Diffusion 1.4 and 2.1 at full size, with random weights, no GPU: 6 GB of memory, a quarter of an hour
+	$(BIN)/python -m pytest -m full_size -s
 
 lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
 	$(BIN)/ruff check

@@ -9,7 +9,7 @@ put into `data/` (or the folder that the environment variable DORI_DATA names):
         statistics_*.pt              optional: NeMo's published statistics; or
         nemo_statistics.safetensors  of `nemo.Statistics.save`; else they are taken from the ordinary captions
         paraphrases.csv              prompt,paraphrase: for Concept Ablation, three or more of each prompt
-    data/coco/                       captions_val2014.json and val2014/, or captions.csv: caption,image
+    data/coco/                       annotations/captions_val2014.json and val2014/; or captions.csv: caption,image
     data/clip/                       CLIP ViT-B/32: `metrics.load_clip` says how to get it
     data/weights-inception-….pth     optional: Inception's weights, for FID and KID: `metrics.inception_distances`
 
@@ -176,7 +176,8 @@ class FolderMaterials:
     @cached_property
     def _ordinary(self) -> list[Pair]:
         folder = data_folder() / "coco"
-        tables = [folder / "captions.csv", folder / "captions_val2014.json"]
+        coco = "captions_val2014.json"
+        tables = [folder / "captions.csv", folder / coco, folder / "annotations" / coco]
         table = next((table for table in tables if table.is_file()), None)
         if table is None:
             raise FileNotFoundError(

@@ -3,24 +3,37 @@
 * Memorization rate (MR): a target counts as memorized when its mean SSCD over seeds is above 0.7. Decided here, once.
 * Diversity (D_SSCD): mean pairwise SSCD among one prompt's generations. High means always the same picture.
 * Alignment (A_CLIP): cosine of CLIP's image and text embedding; retrieval: does it pick the right caption among many?
-* Fréchet distance between two sets of features (FID, when they are Inception's).
+* Fréchet distance between two sets of features (FID, when they are Inception's); FID and KID themselves, by
+  torchmetrics, where Inception's weights are present.
 * Intervals: the bootstrap for means over targets, Wilson's for shares. The bootstrap of 0 out of 64 is [0, 0], which
   claims to know what 64 targets cannot tell; Wilson's is [0, 0.057].
+
+Nothing is downloaded unless it is asked for: weights are looked for in data/ (`store.data_folder`), and what is missing
+is named together with where to get it.
 
 Shapes: N targets or prompts, S seeds, D features.
 """
 
 import hashlib
+import io
+import re
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from .similarity import to_rgb
+from .store import data_folder
 
 THRESHOLD = 0.7  # SSCD above which a generation is a copy: Wen et al. (2024), NeMo, DoRI
+CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # ends in the first digits of its SHA-256
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 
 
 @dataclass(frozen=True)
@@ -130,32 +143,31 @@ class CLIP:
         return torch.nn.functional.normalize(rows, dim=1).cpu().numpy()
 
 
-def load_clip(path, *, device=None):
-    """Load a CLIP from a folder with model.safetensors, the tokenizer's files and preprocessor_config.json.
+def load_clip(name_or_path, *, device=None, revision=None, local_files_only=True):
+    """Load a CLIP from a folder or, by its id, from the Hugging Face Hub.
 
     Args:
-        path: the testbed's own CLIP, or a downloaded one such as openai/clip-vit-base-patch32. Pickled weights are
-            not read.
+        name_or_path: a folder with model.safetensors, the tokenizer's files and preprocessor_config.json, such as the
+            testbed's own; or a Hub id, such as "openai/clip-vit-base-patch32". Pickled weights are never read.
         device: default: the best there is.
+        revision: branch, tag or commit of a Hub model. OpenAI's has safetensors in "refs/pr/15" alone.
+        local_files_only: take a Hub model from the local cache; False: download what is not there.
 
     Raises:
-        FileNotFoundError: a file is missing; says which.
+        FileNotFoundError: a file is missing; says which, and how to get it.
     """
     # The variant that resizes with Pillow: the other one needs torchvision, which nothing else here does.
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     from .models import default_device
 
-    path = Path(path)
-    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "preprocessor_config.json"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"No CLIP in {path}: {name} is missing.")
-    model = CLIPModel.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    folder = _clip_folder(name_or_path, revision, local_files_only)
+    model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     return CLIP(
-        name=path.name,
+        name=Path(name_or_path).name,
         model=model.to(device or default_device()).eval().requires_grad_(False),
-        tokenizer=CLIPTokenizer.from_pretrained(path, local_files_only=True),
-        image_processor=CLIPImageProcessorPil.from_pretrained(path, local_files_only=True),
+        tokenizer=CLIPTokenizer.from_pretrained(folder, local_files_only=True),
+        image_processor=CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True),
     )
 
 
@@ -211,6 +223,68 @@ def frechet_distance(features_a, features_b):
     return ((mean_a - mean_b).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross).item()
 
 
+@dataclass(frozen=True)
+class InceptionDistances:
+    """How far images are from real ones.
+
+    Args:
+        fid: Fréchet distance of Inception's features; biased upwards for few images, so compare only equal numbers.
+        kid: their squared maximum mean discrepancy, of a cubic kernel, without bias: its mean over 100 subsets of 1000
+            images, or of all if there are fewer.
+        kid_std: standard deviation over the subsets.
+        images, reference: how many there were.
+    """
+
+    fid: float
+    kid: float
+    kid_std: float
+    images: int
+    reference: int
+
+
+def inception_distances(images, reference, weights=None, *, batch_size=32, device=None, progress=True):
+    """FID and KID of images against real ones, by torchmetrics with torch-fidelity's Inception.
+
+    Real pictures are cropped in the middle and resized to the size of the first image, and all of them by the network
+    to 299 pixels, with torchmetrics' default filter.
+
+    Args:
+        images: N PIL images or paths, such as generations for the captions of the real pictures.
+        reference: M of the same, such as the pictures of `targets.read_pairs`.
+        weights: torch-fidelity's file; default: `INCEPTION` in data/.
+        batch_size: images that go through the network together.
+        device: default: the best there is.
+
+    Raises:
+        ValueError: fewer than two images on one side.
+        FileNotFoundError: no weights; says where to get them.
+        OSError: a damaged file of weights, or one that holds anything but tensors.
+        ImportError: torch-fidelity is not installed; says how to.
+
+    Source: Heusel et al. (2017) for FID, Bińkowski et al. (2018) for KID.
+    """
+    if min(len(images), len(reference)) < 2:
+        raise ValueError(f"{len(images)} images and {len(reference)} real ones: FID and KID need two of each or more.")
+    network = _inception(weights, device)
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = _open(images[0]).size
+    real, ours = (_inception_features(network, part, size, batch_size, progress) for part in (reference, images))
+    features = torch.nn.Identity()  # both metrics take the features as they are
+    features.num_features = ours.shape[1]
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")  # they are here anyway
+        torch.manual_seed(0)  # of the subsets
+        subset_size = min(1000, len(real), len(ours))
+        fid, kid = FrechetInceptionDistance(features), KernelInceptionDistance(features, subset_size=subset_size)
+        for metric in (fid, kid):
+            metric.update(real, real=True)
+            metric.update(ours, real=False)
+        mean, std = kid.compute()
+    return InceptionDistances(fid.compute().item(), mean.item(), std.item(), len(ours), len(real))
+
+
 def bootstrap_interval(values, statistic=np.mean, level=0.95, resamples=2000, seed=0):
     """Percentile bootstrap interval of a statistic over targets; the same numbers give the same interval.
 
@@ -252,3 +326,86 @@ def share_interval(count, n, level=0.95):
 
     interval = binomtest(int(count), int(n)).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def _clip_folder(name_or_path, revision, local_files_only):
+    """The folder with all the files of a CLIP."""
+    folder, wanted = Path(name_or_path).expanduser(), Path(name_or_path)
+    if not folder.is_dir() and isinstance(name_or_path, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
+        from transformers.utils import cached_file
+
+        wanted, options = data_folder() / "clip", {"revision": revision, "local_files_only": local_files_only}
+        try:
+            files = [cached_file(name_or_path, name, **options) for name in CLIP_FILES]
+        except OSError as error:
+            reason = f"there is no such folder, and of the Hub: {str(error).splitlines()[0]}"
+            raise FileNotFoundError(_no_clip(name_or_path, reason, wanted)) from error
+        folder = Path(files[0]).parent
+    for name in CLIP_FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(_no_clip(name_or_path, f"{name} is missing", wanted))
+    return folder
+
+
+def _no_clip(name_or_path, reason, wanted):
+    return (
+        f"No CLIP in {name_or_path}: {reason.rstrip('.')}. To get CLIP ViT-B/32:\n    "
+        f"hf download openai/clip-vit-base-patch32 {' '.join(CLIP_FILES)} --revision refs/pr/15 --local-dir {wanted}\n"
+        "Its main revision has no model.safetensors, only pickled weights, which are never read. By its id it is taken "
+        "from the Hub's local cache, or downloaded with local_files_only=False, revision='refs/pr/15'."
+    )
+
+
+@torch.inference_mode()
+def _inception_features(network, images, size, batch_size, progress):
+    """(N, D) float32 of N PIL images or paths, brought to one size."""
+    features = []
+    for start in tqdm(range(0, len(images), batch_size), desc="Inception", disable=not progress):
+        batch = [_open(image) for image in images[start : start + batch_size]]
+        pixels = np.stack([np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC)) for image in batch])
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, H, W, 3) → (B, 3, H, W)
+        features.append(network(pixels.to(next(network.parameters()).device)).cpu())
+    return torch.cat(features)
+
+
+def _open(image):
+    return to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
+
+
+def _inception(path, device):
+    """torch-fidelity's Inception, which gives (B, 2048) for uint8 (B, 3, H, W)."""
+    from .models import default_device
+
+    state = _inception_weights(Path(path or data_folder() / INCEPTION))
+    try:
+        import torch_fidelity  # noqa: F401
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises a RuntimeError
+        raise ImportError(
+            f"FID and KID need torch-fidelity and a torchvision that fits torch {torch.__version__}, and cannot import "
+            f"them ({error}): pip install -e '.[fid]'"
+        ) from error
+    # torch-fidelity unpickles whatever it is given. So it is given what was just written here: tensors alone.
+    tensors = io.BytesIO()
+    torch.save(state, tensors)
+    tensors.seek(0)
+    try:
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], tensors)
+    except RuntimeError as error:
+        raise OSError(f"{path or INCEPTION} holds other weights than Inception's ({error}).") from error
+    return network.to(device or default_device())
+
+
+def _inception_weights(path):
+    """Name → tensor; nothing but tensors is read."""
+    advice = f"Download {INCEPTION_URL} to {path.parent}/."
+    if not path.is_file():
+        raise FileNotFoundError(f"FID and KID need Inception's weights, and there is no {path}. {advice}")
+    if path.name == INCEPTION:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not digest.startswith(path.stem.rpartition("-")[2]):
+            raise OSError(f"{path} is damaged: its SHA-256 begins with {digest[:8]}. {advice}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle raises what it likes
+        raise OSError(f"{path} is no file of tensors alone. {advice}") from error

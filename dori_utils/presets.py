@@ -195,7 +195,7 @@ PRESETS = {
         compared_targets=112,  # all VM prompts
         related_captions=4,  # our choice: DoRI does not say how many
         surrogates=10,  # not published; our choice: as many as seeds
-        finetuning=finetuning.Config(checkpointing=True),  # fits 24 GB: see `python -m dori_utils.estimate`
+        finetuning=finetuning.Config(checkpointing=True),  # ours: a ninth of the memory, see estimate
         esd=erasure.ESDConfig(),  # published numbers, as of the next two: see erasure
         ablation=erasure.AblationConfig(),
         siss=erasure.SISSConfig(),

@@ -1,5 +1,7 @@
 """README's tables, filled from figures/*.csv: `python -m dori_utils.readme`, after `make figures`.
 
+The CSV of `estimate` is written by `python -m dori_utils.estimate`.
+
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is made by the function of that name below.
 """
 
@@ -7,6 +9,8 @@ import re
 from pathlib import Path
 
 import pandas as pd
+
+from .estimate import as_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -52,7 +56,11 @@ def mitigations() -> str:
     return _markdown(columns)
 
 
-SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori, mitigations)}
+def estimate() -> str:
+    return as_markdown(_read("estimate"))
+
+
+SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori, mitigations, estimate)}
 
 
 def filled(text: str) -> str:

@@ -158,8 +158,8 @@ def read_pairs(path):
 
     Args:
         path: a CSV with the columns image, a file beside the table, and caption (or prompt); or COCO's own
-            captions_*.json, with the pictures in a folder beside it that is named like its ending (val2014/): of each
-            picture the first caption, in the order of the pictures' numbers.
+            captions_*.json, with the pictures in a folder that is named like its ending (val2014/), beside it or beside
+            its folder annotations/: of each picture the first caption, in the order of the pictures' numbers.
 
     Raises:
         ValueError: no such columns, or no pairs.
@@ -183,10 +183,13 @@ def read_pairs(path):
 
 
 def _table_pairs(path):
-    table = pd.read_csv(path, dtype=str).rename(columns={"prompt": "caption"})
-    if missing := {"image", "caption"} - set(table):
-        raise ValueError(f"no column {' and no '.join(sorted(missing))}")
-    return [(path.parent / image, caption) for image, caption in zip(table["image"], table["caption"], strict=True)]
+    table = pd.read_csv(path, dtype=str)
+    captions = next((name for name in ("caption", "prompt") if name in table), None)
+    if captions is None or "image" not in table:
+        raise ValueError(f"its columns are {', '.join(table)}")
+    if (empty := table[[captions, "image"]].isna().any(axis=1)).any():
+        raise ValueError(f"no caption or no image in row {empty.argmax() + 1}")
+    return [(path.parent / image, caption) for image, caption in zip(table["image"], table[captions], strict=True)]
 
 
 def _coco_pairs(path):
@@ -195,7 +198,9 @@ def _coco_pairs(path):
     for annotation in content["annotations"]:
         captions.setdefault(annotation["image_id"], annotation["caption"].strip())
     files = {image["id"]: image["file_name"] for image in content["images"]}
-    folder = path.parent / path.stem.rpartition("_")[2]
+    name = path.stem.rpartition("_")[2]
+    beside, above = path.parent / name, path.parent.parent / name  # the published archive has it in annotations/
+    folder = above if path.parent.name == "annotations" and not beside.is_dir() else beside
     return [(folder / files[number], captions[number]) for number in sorted(files) if number in captions]
 
 

@@ -130,6 +130,21 @@ def test_coco_pairs_are_each_pictures_first_caption(tmp_path, random_picture):
         ("COCO_3.png", "A cat."),
         ("COCO_7.png", "A dog."),
     ]
+    (tmp_path / "annotations").mkdir()
+    path = path.rename(tmp_path / "annotations" / path.name)
+    assert len(read_pairs(path)) == 2, "as COCO's own archive has it"
     path.write_text("{}")
     with pytest.raises(ValueError, match="Give a CSV"):
         read_pairs(path)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [("picture,caption\na.png,a cat", "its columns are picture, caption"), ("image,caption\na.png,", "in row 1")],
+)
+def test_a_table_that_is_none_of_pairs_says_what_to_give(table, says, tmp_path):
+    from dori_utils.targets import read_pairs
+
+    (tmp_path / "pairs.csv").write_text(table)
+    with pytest.raises(ValueError, match=f"{says}.*Give a CSV .image,caption"):
+        read_pairs(tmp_path / "pairs.csv")

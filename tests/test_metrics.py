@@ -1,6 +1,12 @@
 """Every number against one known by hand, by a closed form, or by another library."""
 
+import hashlib
 import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,10 +15,13 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from dori_utils.metrics import (
+    CLIP_FILES,
+    INCEPTION,
     bootstrap_interval,
     clip_alignment,
     diversity,
     frechet_distance,
+    inception_distances,
     load_clip,
     memorization_rate,
     retrieval_accuracy,
@@ -202,3 +211,138 @@ def test_vit_b32_s_preprocessing_needs_no_torchvision(clip_folder, tmp_path):
     pixels = processor(white, return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 64, 64)
     np.testing.assert_allclose(pixels[0, :, 5, 5], [1.9303, 2.0749, 2.1459], atol=1e-4)  # (1 - mean) / std
+
+
+def test_a_clip_that_is_not_there_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DORI_DATA", str(tmp_path / "mine"))
+    with pytest.raises(FileNotFoundError, match=rf"--revision refs/pr/15 --local-dir {tmp_path}/clip\n"):
+        load_clip(tmp_path / "clip")
+    with pytest.raises(
+        FileNotFoundError, match=rf"(?s)no such folder, and of the Hub: .* --local-dir {tmp_path}/mine/clip\n"
+    ):
+        load_clip("openai/clip-vit-base-patch32")
+    (tmp_path / "clip").mkdir()
+    for name in ["pytorch_model.bin", *(name for name in CLIP_FILES if name != "model.safetensors")]:
+        (tmp_path / "clip" / name).touch()
+    with pytest.raises(
+        FileNotFoundError, match="(?s)model.safetensors is missing.* pickled weights, which are never read"
+    ):
+        load_clip(tmp_path / "clip")
+
+
+@pytest.mark.slow
+def test_a_clip_is_found_by_its_id_in_the_hub_s_local_cache(clip_folder, clip, tmp_path):
+    """The cache as huggingface_hub lays it out; the tests are offline."""
+    code = """
+from dori_utils.metrics import load_clip
+clip = load_clip("someone/tiny-clip", device="cpu")
+print(clip.name, clip.fingerprint)
+try:
+    load_clip("someone/tiny-clip", revision="other")
+except FileNotFoundError as error:
+    print("no such revision" if "of the Hub" in str(error) else error)
+"""
+    repository = tmp_path / "hub" / "models--someone--tiny-clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(clip_folder, repository / "snapshots" / ("0" * 40))
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert out.stdout == f"tiny-clip {clip.fingerprint}\nno such revision\n", out.stderr
+
+
+# FID and KID, with Inception's real network and random weights
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError):
+        pytest.skip("needs torch-fidelity and a torchvision that fits torch")
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            """Stay as random as you are."""
+
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.manual_seed(0)
+    torch.save({}, path)
+    network = Untrained("random", ["2048"], path)
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter)  # else nothing is left of an image after so many layers
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_fid_and_kid_are_those_of_inception_s_features(inception_file, tmp_path):
+    """FID against our own formula, KID against its definition, on features taken one image at a time."""
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    bright = [scene(seed).point(lambda level: 128 + level // 2) for seed in range(6)]
+    dark = [scene(seed).point(lambda level: level // 2) for seed in range(10, 15)]
+    for number, image in enumerate(dark):  # wide ones, as files; their middle is the scene
+        wide = Image.new("RGB", (128, 64))
+        wide.paste(image, (32, 0))
+        wide.save(tmp_path / f"{number}.png")
+    found = inception_distances(bright, sorted(tmp_path.iterdir()), inception_file, batch_size=4, device="cpu")
+
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], inception_file)
+    a, b = (
+        torch.cat([network(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]) for image in images]).double()
+        for images in (bright, dark)
+    )
+    assert (found.images, found.reference) == (6, 5) and found.fid > 1
+    assert found.fid == pytest.approx(frechet_distance(a, b), rel=0.01)
+    # Subsets of all five real ones, and five of our six: the mean over them is near that of all.
+    kernel_aa, kernel_bb, kernel_ab = ((x @ y.T / 2048 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = [(kernel.sum() - kernel.trace()) / (n * (n - 1)) for kernel, n in ((kernel_aa, 6), (kernel_bb, 5))]
+    kid = (sum(within) - 2 * kernel_ab.mean()).item()
+    assert found.kid == pytest.approx(kid, abs=3 * found.kid_std) and 0 < found.kid_std < kid / 2
+    again = inception_distances(bright, sorted(tmp_path.iterdir()), inception_file, device="cpu", progress=False)
+    assert again.kid == pytest.approx(found.kid, rel=1e-3)  # subsets have a seed of their own
+
+
+@pytest.mark.slow
+def test_weights_of_another_network_are_refused(inception_file, tmp_path):
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(OSError, match="other weights than Inception's"):
+        inception_distances([scene(0)] * 2, [scene(1)] * 2, tmp_path / "other.pth")
+
+
+def test_inception_weights_that_are_not_there_say_where_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("DORI_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"Download https://github.com/.*/{INCEPTION} to {tmp_path}/"):
+        inception_distances([scene(0)] * 2, [scene(1)] * 2)
+    (tmp_path / INCEPTION).write_bytes(b"half of it")
+    begins = hashlib.sha256(b"half of it").hexdigest()[:8]
+    with pytest.raises(OSError, match=f"damaged: its SHA-256 begins with {begins}"):
+        inception_distances([scene(0)] * 2, [scene(1)] * 2)
+    with pytest.raises(ValueError, match="two of each"):
+        inception_distances([scene(0)], [scene(1)] * 2)
+
+
+def test_weights_that_would_run_code_do_not(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "sprung").touch, ()
+
+    torch.save(Trap(), tmp_path / "trap.pth")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Trap(), protocol=2))
+    for name in ("trap.pth", "bare.pth"):
+        with pytest.raises(OSError, match="no file of tensors alone"):
+            inception_distances([scene(0)] * 2, [scene(1)] * 2, tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_without_torch_fidelity_the_error_says_how_to_install_it(tmp_path):
+    torch.save({}, tmp_path / "some.pth")
+    try:
+        import torch_fidelity  # noqa: F401
+    except (ImportError, RuntimeError):
+        with pytest.raises(ImportError, match=r"pip install -e '\.\[fid\]'"):
+            inception_distances([scene(0)] * 2, [scene(1)] * 2, tmp_path / "some.pth")
+    else:
+        pytest.skip("it is installed")
