@@ -1,0 +1,590 @@
+"""Sweep: every target under every mitigation and every attack, on one machine or on a cluster.
+
+    python -m dori_utils sweep --mitigations none nemo wanda --attack none dori --limit 4 --out build/sweep
+    python -m dori_utils sweep --model sd14 --targets data/sd14 --controls unseen.csv --mitigations none their_unet/ \\
+        --attack dori dori steps=200 start=noise --engine ray --address auto --out s3://bucket/sweep
+
+A case is one target, one mitigation, one attack. It is computed alone and with its own seeds, on a CPU by one thread,
+so that its numbers depend neither on the engine, nor on the order, nor on how many compute. What is finished is in the
+store; so workers, or the whole sweep, may be killed at any time, and the same command goes on from there.
+
+An engine has workers, which hold the pipeline, and hands them cases: "local" is this process, "ray" is Ray (Moritz et
+al., 2018), with one worker for each GPU, or as many as asked for. A worker that dies is started again by Ray, and its
+case given out again. See docs/cluster.md.
+"""
+
+import functools
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from . import nemo, wanda
+from .attack import AttackConfig
+from .audit import _beside_weights, _data_hash, audit, cached_attack, cached_edits, provenance
+from .edits import base_hash, known_base
+from .models import TESTBED, load_pipeline
+from .plots import csv_text
+from .presets import PRESETS, Preset
+from .report import settings_table, verdicts
+from .similarity import SSCD, TRANSFORMS, load_sscd
+from .store import Store
+from .targets import Target
+from .weights import edit_name, read_edit
+
+PRUNING = {"nemo": "NeMo", "wanda": "Wanda"}  # mitigations that are made for each target
+ATTACK_OPTIONS = {"steps": int, "lr": float, "start": str, "restarts": int}
+NUMBERS = ["steps", "seed", "sscd", "sscd_gen", "d_sscd"]  # columns of `audit.audit` that a case's entry holds
+ROW = ["mitigation", "target", "attack", "steps", "seed"]  # what names a row
+OBJECT_BYTES = 10**8  # of Ray's shared memory, by default a third of the machine's: cases and results are small
+RETRIES = 20  # of a case whose worker died: fewer are over before Ray has noticed that a node is gone
+START_SECONDS = 900  # for all workers of a cluster to be there and to have loaded the model
+
+
+class CasesFailed(Exception):
+    """Cases that could not be computed, and why; the others are kept."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target under one mitigation and one attack, which are names of a `Plan`.
+
+    edited_for is whose edit it is under, where each target has its own: of a control, that of some target.
+    """
+
+    target: Target
+    mitigation: str
+    attack: str
+    edited_for: Target
+
+    def __str__(self):
+        return f"{self.target.id}, {self.mitigation}, {self.attack}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cases have in common.
+
+    Args:
+        preset: with the model and the seeds.
+        mitigations: name → None for the model as it is, "nemo", "wanda", or the path of an edit.
+        attacks: name → settings of DoRI, or None for the prompt itself.
+        store: folder or URL of the store.
+        statistics: file of NeMo's statistics, where "nemo" is among the mitigations.
+        base: as `load_pipeline` takes it.
+    """
+
+    preset: Preset
+    mitigations: dict[str, str | None]
+    attacks: dict[str, AttackConfig | None]
+    store: str
+    statistics: Path | None = None
+    base: str | None = None
+
+    def cases(self, targets, controls) -> list[Case]:
+        """All cases: of every target, and of every control for comparison.
+
+        Raises:
+            ValueError: no targets; attacks without controls, whose result says nothing; an id that comes twice.
+        """
+        if not targets:
+            raise ValueError("No targets with an image: there is nothing to look for.")
+        if not controls and any(self.attacks.values()):
+            raise ValueError("No controls: the attack must also be tried on images that the model has never seen.")
+        ids = [target.id for target in [*targets, *controls]]
+        if twice := sorted({name for name in ids if ids.count(name) > 1}):
+            raise ValueError(f"Targets and controls share ids: {', '.join(twice)}. Give the tables a column id.")
+        targets = [replace(t, kind="target") if t.kind == "control" else t for t in targets]
+        pairs = [(target, target) for target in targets]
+        pairs += [(replace(c, kind="control"), targets[i % len(targets)]) for i, c in enumerate(controls)]
+        return [
+            Case(target, mitigation, attack, edited_for)
+            for mitigation in self.mitigations
+            for attack in self.attacks
+            for target, edited_for in pairs
+        ]
+
+    def configs(self, cases, about) -> list[dict]:
+        """Under which each case is in the store: whatever its result depends on.
+
+        Args:
+            about: what a worker says of its model, see `Worker.about`.
+        """
+        preset = self.preset
+        common = {name: value for name, value in about.items() if name not in ("mitigations", "made by")}
+        common |= {"what": "sweep", "seeds": preset.seeds, "transform": repr(TRANSFORMS[preset.sscd_transform])}
+        common |= preset.sampling
+        images = {target.id: target.image for target in (case.target for case in cases)}
+        images = {name: _data_hash(image) for name, image in images.items()}
+        attacks = {name: attack and asdict(attack) for name, attack in self.attacks.items()}
+        configs = []
+        for case in cases:
+            own = {"target": case.target.id, "prompt": case.target.prompt, "image": images[case.target.id]}
+            own |= {"mitigation": about["mitigations"][case.mitigation], "attack": attacks[case.attack]}
+            if self.mitigations[case.mitigation] in PRUNING:
+                own["edited for"] = [case.edited_for.id, case.edited_for.prompt]
+            configs.append(common | own)
+        return configs
+
+
+class Worker:
+    """Computes cases, one after the other. The pipeline is loaded when it is first needed, and stays."""
+
+    def __init__(self, plan):
+        self.plan, self.store = plan, _QuietStore(plan.store)
+
+    @functools.cached_property
+    def pipe(self):
+        return load_pipeline(self.plan.preset.model, base=self.plan.base)
+
+    @functools.cached_property
+    def statistics(self):
+        if self.plan.statistics.suffix == ".pt":
+            return nemo.published_statistics(self.plan.statistics, self.pipe.unet)
+        return nemo.Statistics.load(self.plan.statistics)
+
+    @functools.cached_property
+    def edits(self):
+        paths = {name: how for name, how in self.plan.mitigations.items() if how and how not in PRUNING}
+        return {name: read_edit(self.pipe, path) for name, path in paths.items()}
+
+    def about(self) -> dict:
+        """What results depend on beside the case, JSON values; "made by" is for tables."""
+        mitigations = {name: self._about(name, how) for name, how in self.plan.mitigations.items()}
+        sscd = load_sscd()
+        about = {"model": base_hash(self.pipe), **_beside_weights(self.pipe), "sscd": sscd.name}
+        return about | {"mitigations": mitigations, "made by": provenance(self.pipe, self.plan.preset, sscd)}
+
+    def _about(self, name, how):
+        if how is None:
+            return None
+        if how not in PRUNING:
+            return {"edit": self.edits[name].fingerprint()}
+        about = {"method": PRUNING[how], "config": asdict(getattr(self.plan.preset, how))}
+        return about | ({"statistics": self.statistics.fingerprint()} if how == "nemo" else {})
+
+    def compute(self, case, config) -> dict:
+        """The case's result, from the store or computed now: `NUMBERS`, and whether the attack diverged."""
+        with _one_thread(), known_base(self.pipe):
+            return self.store.fetch(config, partial(self._compute, case))
+
+    def _compute(self, case):
+        preset, attack, edits = self.plan.preset, self.plan.attacks[case.attack], self._edits(case)
+        judge = load_sscd()
+        sscd = SSCD(judge.name, judge.model)  # remembers the images of this case alone: there may be many
+        sscd.embed([case.target.image], preset.sscd_transform, progress=False)
+        diverged = False
+        if attack is not None:
+            found = cached_attack(self.pipe, [case.target], attack, self.store, edits, progress=False)
+            diverged = found.cases[0]["stopped"] == "diverged"
+        named = {case.mitigation: edits}
+        table = audit(self.pipe, [case.target], preset, self.store, sscd, edits=named, attack=attack)
+        return {name: table[name].to_numpy() for name in NUMBERS} | {"diverged": diverged}
+
+    def _edits(self, case):
+        """What `audit` takes for a single target: None, or a list with one edit."""
+        how = self.plan.mitigations[case.mitigation]
+        if how is None:
+            return None
+        if how not in PRUNING:
+            return [self.edits[case.mitigation]]
+        localize_each = {"nemo": nemo, "wanda": wanda}[how].localize_each
+        own = {"progress": False} | ({"statistics": self.statistics} if how == "nemo" else {})
+        config = getattr(self.plan.preset, how)
+        return cached_edits(localize_each, self.pipe, [case.edited_for], config, self.store, **own)
+
+
+class _QuietStore(Store):
+    """Without bars: the sweep has its own."""
+
+    def map(self, configs, compute_many, batch_size=1, desc=None, progress=False):
+        return super().map(configs, compute_many, batch_size, desc, progress=False)
+
+
+@contextmanager
+def _one_thread():
+    """One thread of a CPU for torch: how sums are split among threads shows in their last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- Engines --------------------------------------------------------------------------------------------------------
+
+
+class _Attempts:
+    """A worker whose errors are results: the case's number, its result or None, and the error as text or None."""
+
+    def __init__(self, worker, *arguments):
+        self.worker = worker(*arguments)
+
+    def about(self):
+        return self.worker.about()
+
+    def compute(self, number, case, config):
+        try:
+            return number, self.worker.compute(case, config), None
+        except Exception as error:
+            return number, None, f"{type(error).__name__}: {error}"
+
+
+class LocalEngine:
+    """Cases one after the other, in this process."""
+
+    workers = 1
+
+    def __init__(self, worker, *arguments):
+        self._attempts = _Attempts(worker, *arguments)
+
+    def about(self) -> dict:
+        return self._attempts.about()
+
+    def results(self, tasks):
+        """Yields (number, result or None, error or None) of each task (number, case, config)."""
+        for task in tasks:
+            yield self._attempts.compute(*task)
+
+
+class RayEngine:
+    """Cases by the actors of a Ray cluster, each of which has a worker.
+
+    Args:
+        workers: how many; default: one for each GPU, or a single one where there is none.
+        address: of the cluster: "local" starts one on this machine, "auto" finds the one that it belongs to.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: more workers than GPUs, on this machine.
+    """
+
+    def __init__(self, worker, *arguments, workers=None, address="local"):
+        self._ray = _import_ray()
+        own = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_BYTES}
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        self._ray.init(address=address, **quiet, **(own if address == "local" else {}))
+        gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        self.workers = workers or gpus or 1
+        if address == "local" and 0 < gpus < self.workers:
+            raise ValueError(f"{self.workers} workers for {gpus} GPUs: a worker needs one for itself.")
+        options = {"num_cpus": 1, "num_gpus": int(gpus > 0), "max_restarts": -1, "max_task_retries": RETRIES}
+        actor = self._ray.remote(_Attempts).options(**options)
+        self.actors = [actor.remote(worker, *arguments) for _ in range(self.workers)]
+
+    def about(self) -> dict:
+        """What the workers say of their model, when all are there.
+
+        Raises:
+            ValueError: they do not agree, so that a case would depend on who computes it; or some never started.
+        """
+        asked = [actor.about.remote() for actor in self.actors]
+        there, missing = self._ray.wait(asked, num_returns=len(asked), timeout=START_SECONDS)
+        try:
+            answers = self._ray.get(there)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        if missing:
+            have = ", ".join(
+                f"{n:g} {kind}" for kind, n in self._ray.cluster_resources().items() if kind in ("CPU", "GPU")
+            )
+            raise ValueError(f"{len(missing)} of {len(asked)} workers never started; the cluster has {have}.")
+        if any(answer != answers[0] for answer in answers):
+            raise ValueError("The workers' models differ: give all nodes the same files, and GPUs to all or to none.")
+        return answers[0]
+
+    def results(self, tasks):
+        """As those of `LocalEngine`, in the order in which they are finished; to be called once."""
+        pool, self.actors = self._ray.util.ActorPool(self.actors), []
+        left, death = {task[0] for task in tasks}, None
+        for task in tasks:
+            pool.submit(lambda actor, task: actor.compute.remote(*task), task)
+        while pool.has_next():
+            try:
+                result = pool.get_next_unordered()
+            except self._ray.exceptions.RayActorError as error:
+                death = str(error).strip().splitlines()[0]
+            else:
+                left.remove(result[0])
+                yield result
+            while idle := pool.pop_idle():
+                self._ray.kill(idle)  # nothing is left for it: leaves its place to one whose node was lost
+        for number in left:
+            yield number, None, death
+
+
+@contextmanager
+def started(engine, worker, *arguments, workers=None, address="local"):
+    """The engine of this name, "local" or "ray"; behind it Ray is shut down."""
+    if engine == "local":
+        yield LocalEngine(worker, *arguments)
+        return
+    ray = _import_ray()
+    try:
+        yield RayEngine(worker, *arguments, workers=workers, address=address)
+    finally:
+        ray.shutdown()
+
+
+def _import_ray():
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    try:
+        import ray
+        import ray.util
+    except ImportError as error:
+        raise ImportError('The engine "ray" needs Ray: pip install "dori_utils[cluster]"') from error
+    return ray
+
+
+def run(engine, tasks, store, progress=True):
+    """Compute whatever is not in the store.
+
+    Args:
+        tasks: list of (case, config).
+
+    Returns:
+        A list of results, None for those that failed; number of a task → why it failed; how many were computed.
+    """
+    results, failed = read(store, [config for _, config in tasks]), {}
+    missing = [number for number, result in enumerate(results) if result is None]
+    # By the hash in the name: so kinds of cases are mixed, the time left is honest, and two workers seldom want the
+    # edit of one target at once.
+    missing.sort(key=lambda number: str(store.path(tasks[number][1])))
+    about = {"total": len(tasks), "initial": len(tasks) - len(missing), "desc": "cases", "smoothing": 0}
+    with tqdm(**about, disable=not progress) as bar:
+        for number, result, error in engine.results([(number, *tasks[number]) for number in missing]):
+            if error is None:
+                results[number] = result
+            else:
+                failed[number] = error
+            bar.update()
+    return results, failed, len(missing) - len(failed)
+
+
+def read(store, configs):
+    """What is in the store of these, None for what is not; several at a time, as a store may be far away."""
+    with ThreadPoolExecutor(16) as threads:
+        return list(threads.map(store.read, configs))
+
+
+# --- Tables, and the command ----------------------------------------------------------------------------------------
+
+
+def tidy_rows(plan, cases, results, about) -> pd.DataFrame:
+    """Rows as `audit.audit` gives them, of all cases that have a result; `attrs` say what made them."""
+    parts = []
+    for case, result in zip(cases, results, strict=True):
+        if result is not None:
+            target = case.target
+            labels = {"mitigation": case.mitigation, "target": target.id, "prompt": target.prompt, "kind": target.kind}
+            labels |= {"duplicates": target.duplicates, "attack": np.where(result["steps"] == 0, "none", case.attack)}
+            parts.append(pd.DataFrame(labels | {name: result[name] for name in NUMBERS}))
+    rows = pd.concat(parts, ignore_index=True).drop_duplicates(ROW, ignore_index=True)  # each attack has its prompt's
+    rows.attrs = about["made by"] | {name: _settings(attack) for name, attack in plan.attacks.items() if attack}
+    diverged = [str(case) for case, result in zip(cases, results, strict=True) if result and result["diverged"]]
+    if diverged:
+        rows.attrs["the loss became NaN, so these attacks show nothing"] = "; ".join(diverged)
+    return rows
+
+
+def _settings(attack):
+    return " ".join(f"{key}={value}" for key, value in asdict(attack).items())
+
+
+def write_tables(out, rows):
+    """rows.csv, table.csv and verdicts.csv, as those of a report; verdicts for each attack.
+
+    Args:
+        out: a folder or an fsspec URL.
+    """
+    attack = rows["attack"]
+    of_attacks = [
+        verdicts(rows.assign(attack=attack.replace(name, "DoRI"))[attack.isin(["none", name])]).assign(attack=name)
+        for name in attack.unique()
+        if name != "none"
+    ]
+    tables = {"rows": rows, "table": settings_table(rows)}
+    tables["verdicts"] = pd.concat(of_attacks, ignore_index=True) if of_attacks else verdicts(rows)
+    for name, table in tables.items():
+        table.attrs = rows.attrs
+        with fsspec.open(f"{out}/{name}.csv", "w", encoding="utf-8", newline="") as file:
+            file.write(csv_text(table))
+
+
+def add_model_arguments(parser):
+    """The options that `audit` and `sweep` share: of what model, for which images."""
+    parser.add_argument(
+        "--model", default="testbed", help="testbed, sd14, sd15, sd2, a folder, a checkpoint, a Hub id or ID@REVISION"
+    )
+    parser.add_argument("--base", help="of a checkpoint: the model whose configuration and tokenizer it has")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: testbed for the testbed, else paper")
+    parser.add_argument("--targets", help="a table (CSV: prompt,image), a folder of captioned pictures, or data/sd14")
+    parser.add_argument("--controls", help="images that the model has never seen, likewise; default: our own scenes")
+    parser.add_argument("--seeds", type=int, help="generations of each prompt and trigger")
+    parser.add_argument("--limit", type=int, help="only the first so many targets, and as many controls")
+
+
+def add_arguments(parser):
+    """The options of the command."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--mitigations", nargs="+", default=["none"], help="none, nemo, wanda, or paths of edits; default: none"
+    )
+    parser.add_argument("--nemo-statistics", type=Path, help="of this model; default: the testbed's own")
+    parser.add_argument(
+        "--attack",
+        nargs="+",
+        default=["none", "dori"],
+        metavar="NAME [OPTION=VALUE ...]",
+        help="none, or dori and its steps=, lr=, start=, restarts=; several may follow each other; default: none dori",
+    )
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="default: local, this process")
+    parser.add_argument("--workers", type=int, help="of Ray; default: one for each GPU, or a single one without any")
+    parser.add_argument("--address", default="local", help="of a Ray cluster; auto: the one that this machine is in")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the cases, and measure one to say how long all take"
+    )
+    parser.add_argument("--out", required=True, help="folder or fsspec URL of tables and store")
+
+
+def command(options, preset, targets, controls) -> str:
+    """What `python -m dori_utils sweep` does and prints.
+
+    Raises:
+        CasesFailed: some cases could not be computed. The tables have the others.
+    """
+    out = options.out.rstrip("/")
+    mitigations = read_mitigations(options.mitigations)
+    plan = Plan(
+        preset,
+        mitigations,
+        read_attacks(options.attack, preset.attack),
+        f"{out}/store",
+        _statistics(options),
+        options.base,
+    )
+    cases, store = plan.cases(targets, controls), Store(plan.store)
+    with started(options.engine, Worker, plan, workers=options.workers, address=options.address) as engine:
+        about = engine.about()
+        tasks = list(zip(cases, plan.configs(cases, about), strict=True))
+        if options.dry_run:
+            return dry_run(engine, plan, tasks, store, options.workers or engine.workers)
+        results, failed, computed = run(engine, tasks, store)
+    if len(failed) < len(cases):
+        write_tables(out, tidy_rows(plan, cases, results, about))
+    if failed:
+        number, error = next(iter(failed.items()))
+        raise CasesFailed(
+            f"{len(failed)} of {len(cases)} cases failed, the first: {cases[number]}: {error}. The others are kept and "
+            f"in the tables in {out}; the same command tries the failed ones again."
+        )
+    return f"{len(cases)} cases, {computed} of them computed now. Tables: {out}/rows.csv, table.csv, verdicts.csv"
+
+
+def dry_run(engine, plan, tasks, store, workers) -> str:
+    """The cases in words, and how long those take that are not there; one of them is measured, and kept."""
+    cases = [case for case, _ in tasks]
+    counts = pd.DataFrame([{"mitigation": case.mitigation, "attack": case.attack} for case in cases]).value_counts(
+        sort=False
+    )
+    lines = [f"{len(cases)} cases:", counts.rename("cases").reset_index().to_string(index=False), *map(str, cases[:3])]
+    lines += ["...", *map(str, cases[-3:])]
+    found = read(store, [config for _, config in tasks])
+    missing = [number for number, result in enumerate(found) if result is None]
+    lines.append(f"{len(cases) - len(missing)} are in the store, {len(missing)} are left.")
+    if missing:
+        number = max(missing, key=lambda number: _cost(plan.attacks[cases[number].attack]))
+        start = time.perf_counter()
+        ((_, _, error),) = engine.results([(number, *tasks[number])])
+        seconds = time.perf_counter() - start
+        if error is not None:
+            raise CasesFailed(f"{cases[number]}: {error}")
+        lines.append(f"Measured, and kept: {cases[number]}: {seconds:.1f} s.")
+        rest = [
+            f"{(len(missing) - 1) * seconds / n / 3600:.2f} hours with {n} worker{'s' * (n > 1)}" for n in (1, workers)
+        ]
+        lines.append(f"The other {len(missing) - 1} at this speed: {' or '.join(dict.fromkeys(rest))}; less, as far as")
+        lines[-1] += " they have fewer steps or find their edit made."
+    return "\n".join(lines)
+
+
+def _cost(attack):
+    return 0 if attack is None else attack.steps * attack.restarts
+
+
+def read_mitigations(words) -> dict[str, str | None]:
+    """Name → how, as `Plan` has it, of the command line's words.
+
+    Raises:
+        ValueError: a word that is neither a mitigation's name nor an existing path; a name that comes twice.
+    """
+    found = {}
+    for word in words:
+        path = Path(word)
+        if word == "none":
+            name, how = "original", None
+        elif word in PRUNING:
+            name, how = PRUNING[word], word
+        elif path.exists():
+            name, how = edit_name(path), str(path.resolve())
+        else:
+            raise ValueError(f"Unknown mitigation {word!r}: give none, nemo, wanda, or the path of an edit.")
+        if name in found:
+            raise ValueError(f"Two mitigations are called {name!r}. Rename one of the files or folders.")
+        found[name] = how
+    return found
+
+
+def read_attacks(words, usual) -> dict[str, AttackConfig | None]:
+    """Name → settings, of the command line's words: each name is followed by its options.
+
+    Args:
+        usual: `AttackConfig`, the settings of what is not given.
+
+    Raises:
+        ValueError: an unknown name or option, a value that is none, or the same attack twice.
+    """
+    attacks = []
+    for word in words:
+        key, is_option, value = word.partition("=")
+        if not is_option and word in ("none", "dori"):
+            attacks.append((word, {}))
+        elif is_option and key in ATTACK_OPTIONS and attacks and attacks[-1][0] == "dori":
+            try:
+                attacks[-1][1][key] = ATTACK_OPTIONS[key](value)
+            except ValueError as error:
+                raise ValueError(f"{word}: {key} takes a number.") from error
+        else:
+            known = ", ".join(f"{option}=" for option in ATTACK_OPTIONS)
+            raise ValueError(f"Unknown attack {word!r}: give none, or dori and behind it any of {known}")
+    found = {}
+    for kind, options in attacks:
+        name = "none" if kind == "none" else " ".join(["DoRI", *(f"{key}={value}" for key, value in options.items())])
+        if name in found:
+            raise ValueError(f"The attack {name!r} is given twice.")
+        steps = options.get("steps", usual.steps)
+        if steps < 1:
+            raise ValueError("A sweep's attack needs at least one step; attack none is the prompt itself.")
+        record = tuple(step for step in usual.record if 0 < step < steps)
+        found[name] = None if kind == "none" else replace(usual, record=(*record, steps), **options)
+    return found
+
+
+def _statistics(options):
+    """The file of NeMo's statistics, if it is needed."""
+    if "nemo" not in options.mitigations:
+        return None
+    if options.nemo_statistics is None and options.model != "testbed":
+        raise ValueError("NeMo needs statistics of this model: give --nemo-statistics (see nemo.collect_statistics).")
+    return (options.nemo_statistics or TESTBED / "nemo_statistics.safetensors").resolve()
