@@ -8,26 +8,35 @@ bar that is missed is shown as short. Generations come from the store (cache/) i
 seeds and settings; times are taken fresh, so let nothing else run.
 """
 
+import contextlib
 import datetime
 import functools
+import hashlib
+import io
 import json
 import multiprocessing
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import psutil
 import torch
 from PIL import Image
 
-from . import finetuning, metrics, nemo, wanda
+from . import finetuning, metrics, nemo, sweep, targets, wanda
 from .attack import attack
 from .audit import audit, cached_edits, cached_generate, cached_training, ordinary_cost, scores_by_target
 from .edits import known_base
@@ -36,7 +45,7 @@ from .models import TESTBED, load_pipeline
 from .plots import figures_folder
 from .presets import PRESETS
 from .similarity import load_sscd, sscd_scores
-from .store import default_store
+from .store import Store, default_store
 from .targets import load_targets
 from .testbed.data import OrdinaryPairs, held_out_scenes
 from .testbed.search import nearest_training_images
@@ -402,12 +411,222 @@ def batch_size_matters():
     return np.abs(one - many).max()
 
 
+# --- Sweep: tests/test_sweep.py calls some of these with a tiny model -----------------------------------------------
+
+
+def sweep_plan(folder, **attack) -> tuple[sweep.Plan, list[sweep.Case]]:
+    """A small sweep of the testbed, 2 targets and 2 controls, with its store in the folder."""
+    preset = PRESETS["smoke"]
+    attacks = {"none": None, "DoRI": replace(preset.attack, **attack)}
+    statistics = TESTBED / "nemo_statistics.safetensors"
+    plan = sweep.Plan(preset, {"original": None, "NeMo": "nemo", "Wanda": "wanda"}, attacks, str(folder), statistics)
+    return plan, plan.cases(*(load_targets("testbed", kind=kind)[:2] for kind in ("VM", "control")))
+
+
+def swept(plan, cases, engine="local", workers=None, around=lambda engine: engine):
+    """Rows of a sweep by this engine, and what `sweep.run` returns."""
+    with sweep.started(engine, sweep.Worker, plan, workers=workers) as started:
+        about = started.about()
+        tasks = list(zip(cases, plan.configs(cases, about), strict=True))
+        found = sweep.run(around(started), tasks, Store(plan.store), progress=False)
+    return sweep.tidy_rows(plan, cases, found[0], about), found
+
+
+def differing_rows(rows, others) -> int:
+    """How many rows are in one table alone, down to the last bit of their numbers."""
+    return len(pd.concat([rows, others]).drop_duplicates(keep=False))
+
+
+def engines_differ():
+    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryDirectory() as there:
+        rows, _ = swept(*sweep_plan(here))
+        others, _ = swept(*sweep_plan(there), "ray", workers=2)
+    return differing_rows(rows, others), f"of {len(rows)}, of all mitigations, with and without attack"
+
+
+class Watched:
+    """An engine during which something happens after so many results; and which entries the store had then."""
+
+    def __init__(self, folder, after: int, happens: Callable[[], None]):
+        self.folder, self.after, self.happens = folder, after, happens
+
+    def __call__(self, engine):
+        self.engine = engine
+        return self
+
+    def results(self, tasks):
+        for number, result in enumerate(self.engine.results(tasks), start=1):
+            if number == self.after:
+                self.entries = entries(self.folder)
+                self.happens()
+            yield result
+
+
+def entries(folder) -> dict[str, int]:
+    """The finished cases of a sweep in a folder, and when each was written."""
+    found = {}
+    for path in Path(folder).glob("*.npz"):
+        with np.load(path, allow_pickle=False) as file:
+            if json.loads(file["__config__"].item())["what"] == "sweep":
+                found[path.name] = path.stat().st_mtime_ns
+    return found
+
+
+def kill_a_worker():
+    """SIGKILL to a Ray worker that this process has started and that is at work on a case."""
+    names = {child.pid: " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)}
+    os.kill(next(pid for pid, name in names.items() if "ray::" in name and ".compute" in name), signal.SIGKILL)
+
+
+def lost_or_doubled(before: dict, after: dict, expected: int) -> int:
+    """Cases that are not in the store at the end, and those that were written once more after something was killed."""
+    return abs(expected - len(after)) + sum(after.get(name) != written for name, written in before.items())
+
+
+def worker_killed(plan, cases, after=3):
+    """A worker is killed at its work after so many cases."""
+    watched = Watched(plan.store, after, kill_a_worker)
+    rows, (_, failed, computed) = swept(plan, cases, "ray", workers=2, around=watched)
+    wrong = lost_or_doubled(watched.entries, entries(plan.store), len(cases)) + len(failed)
+    return wrong, f"{len(cases)} cases, killed after {after}, {computed} computed by 2 workers", rows
+
+
+def sweep_worker_killed():
+    with tempfile.TemporaryDirectory() as folder:
+        return worker_killed(*sweep_plan(folder))[:2]
+
+
+def driver_killed(out, *options: str, after=3):
+    """The command is killed after so many cases and given again: wrong cases, remark."""
+    command = [sys.executable, "-m", "dori_utils", "sweep", "--engine", "ray", "--workers", "2", "--out", str(out)]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while len(entries(f"{out}/store")) < after:
+            if process.poll() is not None:
+                raise RuntimeError(f"The sweep ended too early:\n{process.stdout.read()[-2000:]}")
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    psutil.wait_procs(family, timeout=60)  # Ray's own end when their driver does
+    before = entries(f"{out}/store")
+    again = subprocess.run([*command, *options], capture_output=True, text=True)
+    if again.returncode:
+        raise RuntimeError(f"The second sweep failed:\n{again.stderr[-2000:]}")
+    total, computed = map(int, re.match(r"(\d+) cases, (\d+) of them", again.stdout).groups())
+    wrong = lost_or_doubled(before, entries(f"{out}/store"), total) + abs(total - len(before) - computed)
+    return wrong, f"{total} cases, killed after {len(before)}, then {computed} computed"
+
+
+def sweep_driver_killed():
+    with tempfile.TemporaryDirectory() as out:
+        return driver_killed(out, "--preset", "smoke", "--limit", "2", "--mitigations", "none", "wanda")
+
+
+def sweep_efficiency():
+    """How much of twice the speed two workers of one thread reach; when all have loaded the model, so without start."""
+    preset, times, count = replace(PRESET, seeds=(0,)), {1: [], 2: []}, 12
+    attacks = {"DoRI": replace(PRESET.attack, steps=3, record=())}
+    for workers in (1, 2, 2, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            plan = sweep.Plan(preset, {"original": None}, attacks, folder)
+            cases = plan.cases(*(load_targets("testbed", kind=kind)[: count // 2] for kind in ("VM", "control")))
+            with sweep.started("ray", sweep.Worker, plan, workers=workers) as engine:
+                tasks = list(zip(cases, plan.configs(cases, engine.about()), strict=True))
+                start = time.perf_counter()
+                sweep.run(engine, tasks, Store(folder), progress=False)
+                times[workers].append(time.perf_counter() - start)
+    one, two = min(times[1]), min(times[2])
+    return one / two / 2, f"{count} cases of {one / count:.1f} s: {one:.1f} s against {two:.1f} s; start not counted"
+
+
+class InstantWorker:
+    """Stands in for `sweep.Worker`: its cases are done at once, and stored as any others."""
+
+    def __init__(self, folder):
+        self.store = Store(folder)
+
+    def about(self):
+        return {}
+
+    def compute(self, case, config):
+        return self.store.fetch(config, lambda: {"number": case})
+
+
+@functools.cache
+def sweep_overhead(count: int) -> float:
+    """Milliseconds that a case takes which takes no time, with two Ray workers that are there already: the median."""
+    times = []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            with sweep.started("ray", InstantWorker, folder, workers=2) as engine:
+                engine.about()
+                start = time.perf_counter()
+                tasks = [(number, {"what": "sweep", "number": number}) for number in range(count)]
+                results, _, _ = sweep.run(engine, tasks, Store(folder), progress=False)
+                times.append(1e3 * (time.perf_counter() - start) / count)
+            if [int(result["number"]) for result in results] != list(range(count)):
+                raise RuntimeError("The sweep's results are not those of its cases.")
+    return statistics.median(times)
+
+
+def sweep_overhead_growth():
+    few, many = sweep_overhead(50), sweep_overhead(500)
+    return many / few, f"{many:.1f} ms a case of 500 against {few:.1f} ms of 50"
+
+
 def command_seconds(*command: str, **environment: str) -> float:
     start, own = time.perf_counter(), os.environ | environment
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=own)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return time.perf_counter() - start
+
+
+def half_downloads():
+    """Image files that are not whole after the downloading process was killed in the middle of many."""
+    buffer = io.BytesIO()
+    Image.fromarray(held_out_scenes(1)[0].draw()).resize((512, 512)).save(buffer, "PNG")
+    body = buffer.getvalue()
+    rows = [f"{i};a caption;URL/{i}.png;VM;0.9;0.9;{i}" for i in range(64)]
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            is_list = self.path.endswith(".csv")
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(table if is_list else body)))
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(table if is_list else body[: len(body) // 2])
+                time.sleep(0.0 if is_list else 0.05)
+                self.wfile.write(b"" if is_list else body[len(body) // 2 :])
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    url = f"http://127.0.0.1:{server.server_port}"
+    table = "\n".join([";Caption;URL;type;mean_sscd;max_sscd;Index", *rows, ""]).replace("URL/", f"{url}/").encode()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (url, folder, hashlib.sha256(table).hexdigest())
+        process = multiprocessing.get_context("spawn").Process(target=_download, args=arguments)
+        process.start()
+        images = Path(folder) / "images"
+        while process.is_alive() and len(list(images.glob("*.png"))) < 8:
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        found = list(images.glob("*.png"))
+        half = sum(file.read_bytes() != body for file in found)
+        _download(*arguments)  # goes on, and sweeps up
+        half += sum(file.read_bytes() != body for file in images.iterdir())
+        server.shutdown()
+        server.server_close()
+        return half + 64 - len(list(images.iterdir())), f"killed when {len(found)} of 64 images were there"
+
+
+def _download(url, folder, digest):
+    targets.PROMPT_LISTS["slow"] = (targets.PromptList("slow.csv", digest),)
+    targets.download_targets("slow", folder, base_url=url, workers=4, progress=False)
 
 
 def first_run_seconds(*notebooks: str):
@@ -453,6 +672,13 @@ BARS = (
     Bar("fine-tuning, A_CLIP of ordinary captions, change", ">=", -0.05, lambda: tuned_cost("alignment")),
     Bar("fine-tuning, Fréchet distance of ordinary captions, change", "<=", 0.10, lambda: tuned_cost("frechet")),
     Bar("minutes of fine-tuning 16 targets", "<=", 30, tuning_minutes),
+    Bar("sweep: rows of two Ray workers that differ from the local engine's", "<=", 0, engines_differ),
+    Bar("sweep: cases lost or doubled, a worker killed", "<=", 0, sweep_worker_killed),
+    Bar("sweep: cases lost or doubled, driver killed and started again", "<=", 0, sweep_driver_killed),
+    Bar("sweep: efficiency of two workers", ">=", 0.85, sweep_efficiency),
+    Bar("sweep: overhead, ms a case of 500", "<=", 20, lambda: sweep_overhead(500)),
+    Bar("sweep: overhead of 500 cases over that of 50, times", "<=", 1.2, sweep_overhead_growth),
+    Bar("download killed midway, images lost or not whole", "<=", 0, half_downloads),
     Bar("locality, notebooks 04 to 06 from an empty cache, s", "<=", 480, lambda: first_run_seconds("04", "05", "06")),
     Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
     Bar("fast tests, s", "<=", 120, lambda: test_seconds("-m", "not slow")),

@@ -1,11 +1,15 @@
 """Finished cases survive; unfinished and damaged ones are computed again."""
 
 import errno
+import io
 import os
+import uuid
 
+import fsspec
 import numpy as np
 import pytest
 
+from dori_utils import store as store_module
 from dori_utils.store import Store
 
 
@@ -168,3 +172,90 @@ def test_results_that_are_no_plain_arrays_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 results for 2 configs"):
         store.map([{"n": 1}, {"n": 2}], lambda _: [{"x": 1}], batch_size=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=["written beside and moved", "one PUT"])
+def elsewhere(request, monkeypatch):
+    """A store in memory that behaves as any file system does, or as an object store."""
+    if request.param == "one PUT":
+        monkeypatch.setattr(store_module, "OBJECT_STORES", {"memory"})
+    return Store(f"memory://{uuid.uuid4().hex}/cases")
+
+
+def names(store):
+    files, folder = fsspec.core.url_to_fs(str(store))
+    return sorted(name.rpartition("/")[2] for name in files.find(folder)) if files.exists(folder) else []
+
+
+def test_a_store_elsewhere_keeps_cases_as_one_on_disk_does(elsewhere, tmp_path):
+    calls, configs = [], [{"n": n} for n in range(3)]
+    first = elsewhere.map(configs, squares(calls), batch_size=2)
+    again = Store(str(elsewhere)).map(configs, squares(calls))
+    assert calls == [[0, 1], [2]] and [int(result["square"]) for result in again] == [0, 1, 4]
+    np.testing.assert_array_equal(first[2]["row"], again[2]["row"])
+    on_disk = Store(tmp_path)
+    on_disk.map(configs, squares([]))
+    assert names(elsewhere) == sorted(path.name for path in tmp_path.iterdir())  # and no temporary file
+    assert elsewhere.read({"n": 3}) is None
+
+
+def fail_with(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_a_write_that_fails_elsewhere_leaves_nothing(elsewhere, monkeypatch):
+    elsewhere.fetch({"n": 1}, lambda: {"x": np.zeros(3)})
+    before = names(elsewhere)
+    with monkeypatch.context() as full:
+        full.setattr(type(fsspec.filesystem("memory")), "pipe_file", fail_with(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(OSError, match="could not be saved.*No space left"):
+            elsewhere.fetch({"n": 2}, lambda: {"x": np.zeros(3)})
+    assert names(elsewhere) == before and len(before) == 1
+    elsewhere.fetch({"n": 1}, lambda: pytest.fail("lost"))
+
+
+def test_a_crash_elsewhere_before_the_move_leaves_no_case(monkeypatch):
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    with monkeypatch.context() as crash:
+        crash.setattr(type(fsspec.filesystem("memory")), "mv", fail_with(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            store.fetch({"n": 1}, lambda: {"x": np.zeros(3)})
+    assert names(store) == [] and store.read({"n": 1}) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", "truncated", "pickle"])
+def test_a_damaged_case_elsewhere_is_named_and_computed_again(elsewhere, content):
+    files, config = fsspec.filesystem("memory"), {"n": 1}
+    elsewhere.fetch(config, lambda: {"x": np.arange(50.0)})
+    path = elsewhere.path(config)
+    if content == "truncated":
+        content = files.cat_file(path)[:-30]
+    elif content == "pickle":
+        buffer = io.BytesIO()
+        np.savez(buffer, __config__=np.array('{"n":1}'), x=np.array([{"a": 1}], dtype=object))
+        content = buffer.getvalue()
+    files.pipe_file(path, content)
+    with pytest.warns(UserWarning, match=path):
+        result = elsewhere.fetch(config, lambda: {"x": np.arange(50.0)})
+    np.testing.assert_array_equal(result["x"], np.arange(50.0))
+    elsewhere.fetch(config, lambda: pytest.fail("the repaired file is damaged too"))
+
+
+def test_a_file_url_is_a_folder(tmp_path):
+    store = Store(f"file://{tmp_path}/cases")
+    store.fetch({"n": 1}, lambda: {"x": 1})
+    assert store.folder == tmp_path / "cases" and str(store) == str(tmp_path / "cases")
+    assert Store(tmp_path / "cases").fetch({"n": 1}, lambda: pytest.fail("lost"))["x"] == 1
+
+
+def test_what_needs_a_folder_says_that_a_store_elsewhere_has_none(elsewhere):
+    with pytest.raises(ValueError, match="The store is at memory://.*Give it a Store on a disk"):
+        elsewhere.folder / "training"
+
+
+def test_a_url_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="No store can be at nowhere://x .*URL that fsspec knows"):
+        Store("nowhere://x")
