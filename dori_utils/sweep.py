@@ -33,7 +33,7 @@ from . import nemo, wanda
 from .attack import AttackConfig
 from .audit import _beside_weights, _data_hash, audit, cached_attack, cached_edits, provenance
 from .edits import base_hash, known_base
-from .models import TESTBED, load_pipeline
+from .models import MODELS, TESTBED, load_pipeline
 from .plots import csv_text
 from .presets import PRESETS, Preset
 from .report import settings_table, verdicts
@@ -464,16 +464,7 @@ def command(options, preset, targets, controls) -> str:
     Raises:
         CasesFailed: some cases could not be computed. The tables have the others.
     """
-    out = options.out.rstrip("/")
-    mitigations = read_mitigations(options.mitigations)
-    plan = Plan(
-        preset,
-        mitigations,
-        read_attacks(options.attack, preset.attack),
-        f"{out}/store",
-        _statistics(options),
-        options.base,
-    )
+    out, plan = options.out.rstrip("/"), plan_of(options, preset)
     cases, store = plan.cases(targets, controls), Store(plan.store)
     with started(options.engine, Worker, plan, workers=options.workers, address=options.address) as engine:
         about = engine.about()
@@ -490,6 +481,19 @@ def command(options, preset, targets, controls) -> str:
             f"in the tables in {out}; the same command tries the failed ones again."
         )
     return f"{len(cases)} cases, {computed} of them computed now. Tables: {out}/rows.csv, table.csv, verdicts.csv"
+
+
+def plan_of(options, preset) -> Plan:
+    """The plan of the command's options, with absolute paths: a worker may have another working directory."""
+    model, out = options.model, options.out.rstrip("/")
+    return Plan(
+        preset if model in MODELS or not Path(model).exists() else replace(preset, model=str(Path(model).resolve())),
+        read_mitigations(options.mitigations),
+        read_attacks(options.attack, preset.attack),
+        f"{out}/store" if "://" in out else str(Path(out, "store").resolve()),
+        _statistics(options),
+        str(Path(options.base).resolve()) if options.base and Path(options.base).exists() else options.base,
+    )
 
 
 def dry_run(engine, plan, tasks, store, workers) -> str:

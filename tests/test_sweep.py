@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from dori_utils import nemo, sweep, wanda
-from dori_utils.__main__ import main
+from dori_utils.__main__ import _parse, main
 from dori_utils.attack import AttackConfig
 from dori_utils.audit import audit
 from dori_utils.edits import Edit, base_hash
@@ -202,6 +203,20 @@ def test_an_edit_of_ones_own_is_a_mitigation(make_plan, tiny_testbed, tmp_path):
     rows, _ = swept(plan, plan.cases([cases[0].target], []))
     means = rows.groupby("mitigation")["sscd_gen"].mean()
     assert means["original"] > 0.99 > means["theirs"]
+
+
+def test_workers_in_another_folder_find_everything(tiny_testbed_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_testbed_folder)
+    Path("theirs.safetensors").touch()
+    given = ["sweep", "--mitigations", "nemo", "theirs.safetensors", "--nemo-statistics", "statistics.safetensors"]
+    options = _parse([*given, "--model", "model", "--out", "out"])
+    plan = sweep.plan_of(options, replace(PRESETS["smoke"], model="model"))
+    paths = [plan.preset.model, plan.mitigations["theirs"], plan.statistics, plan.store]
+    assert all(Path(path).is_absolute() for path in paths) and plan.store == str(tmp_path / "out" / "store")
+    options = _parse(["sweep", "--out", "s3://bucket/out/", "--model", "sd14"])
+    plan = sweep.plan_of(options, PRESETS["paper"])
+    assert plan.store == "s3://bucket/out/store" and plan.preset.model == "sd14"
 
 
 def test_attacks_are_read_with_their_options():
