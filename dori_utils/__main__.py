@@ -84,6 +84,11 @@ def _targets(where, kinds):
     """Targets with an image: of a table, of a folder of pictures or of `download`, or the testbed's."""
     if where is None:
         return load_targets("testbed", kind=kinds[0])
+    if not Path(where).exists():
+        raise FileNotFoundError(
+            f"There is no {where}. Give a table (CSV: prompt,image) or a folder of captioned pictures; "
+            "data/sd14 is what `python -m dori_utils download sd14` fills."
+        )
     if (Path(where) / PROMPT_LISTS["sd14"][0].file).is_file():
         found = load_targets("sd14", folder=where)
         return [target for target in found if target.kind in kinds and target.image is not None]

@@ -155,6 +155,8 @@ def test_the_command_says_what_is_missing(tiny_testbed_folder, own_images, capsy
     out = ["--out", str(own_images / "out")]
     assert main(["audit", "--model", str(tiny_testbed_folder), *out]) == 1
     assert "--targets" in capsys.readouterr().err
+    assert main(["audit", "--targets", "data/sd41", *out]) == 1
+    assert "There is no data/sd41" in capsys.readouterr().err
     assert main(["audit", "--model", "sd41", "--targets", str(own_images / "targets.csv"), *out]) == 1
     assert "Did you mean" in capsys.readouterr().err
     assert main(["audit", "--edit", str(own_images), "--limit", "1", *out]) == 1
