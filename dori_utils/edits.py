@@ -78,7 +78,7 @@ class Edit:
         """The edit that turns the pipeline's U-Net into another one, for example a published mitigation.
 
         Raises:
-            ValueError: the two differ in architecture, or in nothing.
+            ValueError: the two differ in architecture, or in nothing; or weights that are no numbers.
         """
         deltas = {}
         theirs = dict(other_unet.named_parameters())
@@ -89,6 +89,8 @@ class Edit:
                     f"The other U-Net is of another architecture: its {name} {shape}, here it is {tuple(own.shape)}."
                 )
             delta = theirs[name].detach().to(own.device).float() - own.detach().float()
+            if not delta.isfinite().all():
+                raise ValueError(f"The other U-Net has NaN or infinity in its {name}: it would draw nothing at all.")
             if delta.any():
                 deltas[name] = delta
         if not deltas:

@@ -43,7 +43,8 @@ def load_pipeline(name_or_path="testbed", *, base=None, device=None, dtype=None,
             id "owner/name", also with its revision, "owner/name@revision". A key wins over a folder of the same name;
             write "./sd14" for the folder.
         base: of a single file, which has weights alone: the model whose configuration and tokenizer it has, named as
-            above; default: by what the file holds, Stable Diffusion 1.5 or 2.1.
+            above, but no single file; default: by what the file holds, Stable Diffusion 1.5 or 2.1. Of a Hub model
+            the weights are not fetched.
         device: where to put it; default: the best one that there is (`default_device`).
         dtype: of the weights; default: float16 on CUDA, float32 elsewhere, and everywhere for the testbed, which is
             small: so its hash, and with it edits and NeMo's statistics, are the same on every device.
@@ -105,7 +106,8 @@ def load_unet(folder, *, dtype=None):
     for file in files:
         _check_safetensors(file)
     unet = _from_pretrained(UNet2DConditionModel, folder)
-    return unet.to(dtype or torch.float32).eval().requires_grad_(False)
+    with quiet():
+        return unet.to(dtype or torch.float32).eval().requires_grad_(False)
 
 
 def default_device():
@@ -144,8 +146,8 @@ def _keep_memory():
         mallopt(-1, most)  # M_TRIM_THRESHOLD: nothing given back
 
 
-def _locate(name_or_path, revision, local_files_only):
-    """The folder that holds the model, downloaded from the Hub if need be."""
+def _locate(name_or_path, revision, local_files_only, weights=True):
+    """The folder (or the single file) that holds the model, downloaded from the Hub if need be."""
     location = MODELS.get(str(name_or_path), name_or_path)
     folder = Path(location).expanduser()
     if folder.is_file() and folder.suffix in PICKLED:
@@ -157,16 +159,19 @@ def _locate(name_or_path, revision, local_files_only):
             f"The testbed model is not in {TESTBED}. It comes with the repository (install with `pip install -e .`), "
             "and `python -m dori_utils.testbed.train` trains it anew."
         )
+    if folder.suffix in (".safetensors", *PICKLED):
+        raise FileNotFoundError(f"No file {folder} to load a model from. Check the path.")
     if isinstance(location, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", location):
         name, _, own = location.partition("@")
-        return _download(name, own or revision, local_files_only)
+        download = _download if weights else _download_configuration
+        return download(name, own or revision, local_files_only)
     if isinstance(location, Path) or re.search(r"[/\\]", location):
         raise FileNotFoundError(f"No folder {folder} to load a model from. Check the path.")
     near = difflib.get_close_matches(location, MODELS, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ValueError(
-        f"Unknown model {location!r}. {hint}Known names: {', '.join(MODELS)}; a local folder or a Hub id "
-        "'owner/name' also works."
+        f"Unknown model {location!r}. {hint}Known names: {', '.join(MODELS)}; a local folder, a checkpoint "
+        "(.safetensors) or a Hub id 'owner/name' also works."
     )
 
 
@@ -195,6 +200,24 @@ def _download(hub_id, revision, local_files_only):
     return Path(folder)
 
 
+def _download_configuration(hub_id, revision, local_files_only):
+    """A Hub model's configurations and tokenizer. Left to it, diffusers would go online despite local_files_only."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with quiet():
+            folder = snapshot_download(
+                hub_id, revision=revision, local_files_only=local_files_only, allow_patterns=["*.json", "*.txt"]
+            )
+    except Exception as error:
+        raise OSError(
+            f"Cannot get the configuration of {hub_id!r}, which a single file does not hold, from the Hugging Face "
+            f"Hub{' as it is cached here' if local_files_only else ''}. Give as `base` (--base) the model that the "
+            f"file was made from, as a folder in diffusers' layout. The Hub's words: {_first_line(error)}."
+        ) from error
+    return Path(folder)
+
+
 def _check_files(folder):
     """Name the file that is missing or damaged before diffusers and transformers guess around it."""
     if not (folder / "model_index.json").is_file():
@@ -207,7 +230,11 @@ def _check_files(folder):
             )
         for file in files:
             _check_safetensors(file)
-    # Without them transformers makes up a tokenizer of three words without a length limit, and says nothing.
+    _check_tokenizer(folder)
+
+
+def _check_tokenizer(folder):
+    """Without its files transformers makes up a tokenizer of three words without a length limit, and says nothing."""
     tokenizer = folder / "tokenizer"
     vocabulary = ["tokenizer.json"] if (tokenizer / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
     for name in ["tokenizer_config.json", *vocabulary]:
@@ -230,27 +257,29 @@ def _load_single_file(file, base, dtype, local_files_only):
         )
     if base is None:
         base = "sd2" if any(key.startswith("cond_stage_model.model.") for key in keys) else "sd15"
-    config = MODELS.get(str(base), base)  # of a Hub id diffusers fetches the configurations alone
+    folder = _locate(base, None, local_files_only, weights=False)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"The base {folder} is no folder in diffusers' layout: it holds no model_index.json.")
+    _check_tokenizer(folder)
     try:
         with quiet():
             pipe = StableDiffusionPipeline.from_single_file(
-                str(file),
-                config=str(config),
-                torch_dtype=dtype,
-                local_files_only=local_files_only or Path(config).is_dir(),
-                safety_checker=None,
+                str(file), config=str(folder), torch_dtype=dtype, local_files_only=True, safety_checker=None
             )
     except Exception as error:
+        # What torch says when it casts a parameter that no weight was found for.
+        lacks = "it lacks weights" if isinstance(error, NotImplementedError) else _first_line(error)
         raise OSError(
-            f"Cannot load {file} with the configuration of {config}: {_first_line(error)}. Give as `base` (--base) the "
-            "model that it was made from, a folder in diffusers' layout or a Hub id."
+            f"Cannot load {file} with the configuration of {folder}: {lacks}. The file must hold all of U-Net, VAE and "
+            "text encoder in Stable Diffusion's original names, and `base` (--base) be the model that it was made from."
         ) from error
     _check_cross_attention(pipe.unet, file)
     for part in WEIGHTS:
         model = getattr(pipe, part)
         if lost := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ValueError(f"{file} lacks weights of the {part}: {', '.join(sorted(lost)[:3])}.")
-        model.to(dtype).eval().requires_grad_(False)
+        with quiet():
+            model.to(dtype).eval().requires_grad_(False)
     return pipe
 
 

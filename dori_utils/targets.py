@@ -143,13 +143,16 @@ def _folder_table(folder):
     names = {"file_name": "image", "text": "prompt", "caption": "prompt"}
     for name, read in (("metadata.csv", pd.read_csv), ("metadata.jsonl", partial(pd.read_json, lines=True))):
         if (folder / name).is_file():
-            return read(folder / name, dtype=TEXTS | {"file_name": str, "text": str}).rename(columns=names)
-    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+            table = read(folder / name, dtype=TEXTS | {"file_name": str, "text": str})
+            if "text" in table:
+                table = table.drop(columns=["caption", "prompt"], errors="ignore")  # else the renamed would be two
+            return table.rename(columns=names)
+    pictures = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in PICTURES)
     if not pictures:
         raise ValueError("no pictures in it")
     if silent := [file.name for file in pictures if not file.with_suffix(".txt").is_file()]:
         raise ValueError(f"no caption of {silent[0]}: neither metadata.csv nor {Path(silent[0]).stem}.txt")
-    prompts = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() or None for file in pictures]
+    prompts = [file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() or None for file in pictures]
     return pd.DataFrame({"prompt": prompts, "image": [file.name for file in pictures]})
 
 

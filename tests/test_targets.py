@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import signal
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -241,6 +244,45 @@ def test_a_killed_download_leaves_whole_files_only_and_resumes():
     assert lost == 0 and 8 <= int(remark.split()[2]) < 64
 
 
+DYING_SERVER = """
+import os, signal, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+body, sized = open(sys.argv[1], "rb").read(), sys.argv[2] == "sized"
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        if sized:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        self.wfile.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+server = HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("length", ["sized", "of unknown length"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_server_that_dies_within_an_image_leaves_no_half_file(web, publish, tmp_path, format, length, random_picture):
+    buffer = io.BytesIO()
+    random_picture(0, side=200).save(buffer, format)
+    (tmp_path / "body").write_bytes(buffer.getvalue())
+    command = [sys.executable, "-c", DYING_SERVER, tmp_path / "body", length]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        web.url, own = f"http://127.0.0.1:{server.stdout.readline().strip()}", web.url
+        base_url = publish("/picture").replace(web.url, own)
+        web.url = own
+        dead = download_targets("tiny", tmp_path / "data", base_url=base_url, workers=1, **FAST)
+        assert server.wait() == -signal.SIGKILL
+    assert dead["reason"][0].startswith("ConnectionError" if length == "sized" else "not an image")
+    assert not any((tmp_path / "data" / "images").iterdir()) and not leftovers(tmp_path / "data")
+
+
 def test_ctrl_c_starts_no_further_images(web, publish, tmp_path, monkeypatch):
     def interrupted(reasons, **kwargs):
         yield next(reasons)
@@ -324,11 +366,13 @@ def test_a_folder_of_pictures_with_captions_is_targets(layout, tmp_path):
     for name, color in zip(captions, ("red", "blue"), strict=True):
         Image.new("RGB", (40, 30), color).save(tmp_path / name)
         if layout == "txt":
-            (tmp_path / name).with_suffix(".txt").write_text(f"{captions[name]}\n")
+            (tmp_path / name).with_suffix(".txt").write_text(f"{captions[name]}\n", encoding="utf-8-sig")  # Windows'
+            (tmp_path / f"._{name}").write_bytes(b"written by a Mac")
     table = pd.DataFrame({"file_name": list(captions), "text": list(captions.values())})
     if layout == "metadata.csv":
         table.to_csv(tmp_path / layout, index=False)
     elif layout == "metadata.jsonl":
+        table = table.assign(caption="another text, which text goes before")
         table.to_json(tmp_path / layout, orient="records", lines=True)
     found = {target.id: target for target in read_targets(tmp_path)}
     assert {id: target.prompt for id, target in found.items()} == {"a": "a cat, red", "2": "a dog"}

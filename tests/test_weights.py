@@ -1,11 +1,17 @@
 """Other people's weights, in every layout in which they are handed on, become an `Edit` or a pipeline."""
 
 import copy
+import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from dori_utils.edits import Edit, applied
@@ -106,18 +112,79 @@ def test_a_single_file_gives_the_pipeline_of_its_folder(sd1, sd1_folder, tmp_pat
     )
 
 
-def test_a_single_file_without_its_base_says_what_to_give(sd1, tmp_path):
+def test_a_single_file_without_its_base_says_what_to_give(sd1, sd1_folder, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file(original_layout(sd1), file)
+    with pytest.raises(OSError, match="configuration of 'stable-diffusion-v1-5/.* Give as `base`"):
+        load_pipeline(file, local_files_only=True)
+    with pytest.raises(ValueError, match="Unknown model 'sd1.4'. Did you mean 'sd14'"):
+        load_pipeline(file, base="sd1.4")
+    with pytest.raises(ValueError, match="no folder in diffusers' layout"):
+        load_pipeline(file, base=sd1_folder / "unet")
+    base = shutil.copytree(sd1_folder, tmp_path / "base")
+    (base / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="No tokenizer file"):  # transformers would make one up
+        load_pipeline(file, base=base)
+
+
+def test_the_base_of_a_single_file_needs_no_weights_and_may_be_on_the_hub(sd1, sd1_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    ignored = shutil.ignore_patterns("*.safetensors")
+    base, asked = shutil.copytree(sd1_folder, tmp_path / "base", ignore=ignored), {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda hub_id, **options: asked.update(options, id=hub_id) or str(base)
+    )
     save_file(original_layout(sd1), tmp_path / "model.safetensors")
-    with pytest.raises(OSError, match="Give as `base`"):
-        load_pipeline(tmp_path / "model.safetensors", local_files_only=True)
+    pipe = load_pipeline(tmp_path / "model.safetensors", base="owner/model@v2", local_files_only=True, device="cpu")
+    assert model_hash(pipe) == model_hash(sd1) and len(pipe.tokenizer) == len(sd1.tokenizer)
+    assert (asked["id"], asked["revision"], asked["local_files_only"]) == ("owner/model", "v2", True)
+    assert not any("safetensors" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.slow
+def test_without_a_network_nothing_is_asked_of_one(sd1, tmp_path):
+    """Diffusers itself goes online for a single file's configuration, even with local_files_only."""
+    save_file(original_layout(sd1), tmp_path / "model.safetensors")
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        script = (
+            "import sys; from dori_utils.models import load_pipeline as load; load(sys.argv[1], local_files_only=True)"
+        )
+        online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+        online |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub")}
+        command = [sys.executable, "-c", script, str(tmp_path / "model.safetensors")]
+        done = subprocess.run(command, env=online, capture_output=True, text=True)
+        server.shutdown()
+    assert "Give as `base`" in done.stderr and asked == []
+
+
+def test_a_path_to_a_checkpoint_is_not_looked_for_on_the_hub():
+    for name in ("mine/model.safetensors", "model.safetensors", "mine/model.ckpt"):
+        with pytest.raises(FileNotFoundError, match=f"No file {name}"):
+            load_pipeline(name)
 
 
 def test_a_file_that_lacks_weights_or_is_none_of_a_whole_model_is_refused(sd1, sd1_folder, theirs, tmp_path):
     tensors = original_layout(sd1)
     del tensors["model.diffusion_model.out.2.weight"]
     save_file(tensors, tmp_path / "lacking.safetensors")
-    with pytest.raises((OSError, ValueError), match="conv_out.weight|lacking"):
+    with pytest.raises(OSError, match="it lacks weights"):
         load_pipeline(tmp_path / "lacking.safetensors", base=sd1_folder)
+    with pytest.raises(ValueError, match="lacks weights of the U-Net"):
+        read_edit(sd1, tmp_path / "lacking.safetensors")
     save_file(theirs.state_dict(), tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match="no checkpoint of a whole model"):
         load_pipeline(tmp_path / "unet.safetensors", base=sd1_folder)
@@ -180,27 +247,93 @@ def test_a_lora_in_any_layout_is_the_edit_that_fuses_it(layout, sd1, adapted, tm
         for name, tensor in state.items():
             layer, _, half = name.partition(".lora_")
             layer = f"lora_unet_{layer.replace('.', '_')}"
-            tensors[f"{layer}.{names['lora_' + half]}"], tensors[f"{layer}.alpha"] = tensor, torch.tensor(4.0)
+            tensors[f"{layer}.{names['lora_' + half]}"] = tensor
+            tensors[f"{layer}.alpha"] = torch.tensor(1.0 if "attn2_to_v" in layer else 4.0)
         save_file(tensors, path)
     else:
         save_file({f"unet.{name}": tensor for name, tensor in state.items()}, path)
     before = model_hash(sd1)
     edit = read_edit(sd1, path)
-    scale = 1 if layout == "diffusers" else 2  # alpha / rank; a file that does not say its alpha means the rank
     wanted = {
         n: m.get_delta_weight("default") / 2 for n, m in adapted.named_modules() if hasattr(m, "get_delta_weight")
     }
     assert set(edit.deltas) == {f"{name}.weight" for name in wanted} and len(wanted) == 64
     for name, delta in wanted.items():
+        scale = 1 if layout == "diffusers" else 2  # alpha / rank; a file that does not say its alpha means the rank
+        if layout == "kohya" and name.endswith("attn2.to_v"):
+            scale = 0.5
         assert torch.allclose(edit.deltas[f"{name}.weight"], scale * delta, atol=1e-5), name
     assert model_hash(sd1) == before and not any("lora" in name for name, _ in sd1.unet.named_modules())
 
 
-def test_a_dora_is_refused_since_diffusers_would_read_half_of_it(sd1, adapted, tmp_path):
+def test_a_lora_of_peft_has_its_scale_in_the_file_beside_it(sd1, tmp_path):
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_k", "ff.net.2"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(sd1.unet), config)
+    model.save_pretrained(tmp_path / "theirs")
+    fused = model.merge_and_unload()
+    for path in (tmp_path / "theirs", tmp_path / "theirs" / "adapter_model.safetensors"):
+        with applied(sd1, read_edit(sd1, path)):
+            for name, parameter in fused.named_parameters():
+                assert torch.allclose(parameter, sd1.unet.get_parameter(name), atol=1e-6), name
+    (tmp_path / "theirs" / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="No .*adapter_config.json, and without it the scale"):
+        read_edit(sd1, tmp_path / "theirs")
+
+
+def test_a_lora_that_a_unet_has_saved_is_the_edit_that_fuses_it(sd1, adapted, tmp_path):
+    adapted.save_lora_adapter(tmp_path / "theirs")
+    edit = read_edit(sd1, tmp_path / "theirs")
+    adapted.fuse_lora()
+    fused = {name.replace(".base_layer", ""): parameter for name, parameter in adapted.named_parameters()}
+    with applied(sd1, edit):
+        assert all(torch.allclose(own, fused[name], atol=1e-6) for name, own in sd1.unet.named_parameters())
+
+
+@pytest.mark.parametrize("what", ["a layer of another model", "half a layer", "a bias", "a kind of its own"])
+def test_a_lora_of_which_a_part_would_be_left_out_is_refused(what, sd1, adapted, tmp_path):
     state = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(adapted).items()}
-    save_file(state | {"unet.mid_block.x.dora_scale": torch.ones(1)}, tmp_path / "theirs.safetensors")
+    if what == "a layer of another model":
+        layer = "unet.down_blocks.9.attentions.0.to_k.lora"
+        state |= {f"{layer}_A.weight": torch.ones(2, 16), f"{layer}_B.weight": torch.ones(16, 2)}
+    elif what == "half a layer":
+        del state[next(name for name in state if "lora_B" in name)]
+    elif what == "a bias":
+        layer = next(name for name in state if "lora_B" in name).removesuffix(".weight")
+        state[f"{layer}.bias"] = torch.ones(len(state[f"{layer}.weight"]))
+    else:
+        state = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v.diff": torch.ones(16, 16)}
+    save_file(state, tmp_path / "theirs.safetensors")
+    before = model_hash(sd1)
+    with pytest.raises(ValueError, match="does not fit this U-Net|diffusers does not read"):
+        read_edit(sd1, tmp_path / "theirs.safetensors")
+    assert model_hash(sd1) == before
+
+
+@pytest.mark.parametrize("name", ["mid_block.x.dora_scale", "mid_block.x.lora_magnitude_vector"])
+def test_a_dora_is_refused_since_it_is_more_than_a_delta(name, sd1, adapted, tmp_path):
+    """The first name is kohya's, which diffusers drops with a warning; the second is peft's, which it takes."""
+    state = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(adapted).items()}
+    save_file(state | {f"unet.{name}": torch.ones(1)}, tmp_path / "theirs.safetensors")
     with pytest.raises(ValueError, match="is a DoRA"):
         read_edit(sd1, tmp_path / "theirs.safetensors")
+
+
+def test_of_a_pipelines_folder_the_unet_counts_and_not_a_checkpoint_beside_it(sd1, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs" / "unet")
+    save_file(original_layout(sd1), tmp_path / "theirs" / "v1-5-pruned.safetensors")  # as on the Hub
+    assert list(read_edit(sd1, tmp_path / "theirs").deltas) == [
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    ]
+
+
+def test_a_folder_with_one_file_in_it_stands_for_the_file(sd1, theirs, tmp_path):
+    edit = Edit.between(sd1, theirs, method="theirs")
+    edit.save(tmp_path / "a.safetensors")
+    assert read_edit(sd1, tmp_path).fingerprint() == edit.fingerprint()
+    edit.save(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="holds 2 safetensors files: give the one"):
+        read_edit(sd1, tmp_path)
 
 
 def test_a_lora_that_changes_the_text_encoder_is_refused(sd1, adapted, tmp_path):
@@ -235,3 +368,16 @@ def test_what_is_no_weights_says_what_can_be_given(sd1, sd2, tmp_path):
     with pytest.raises(ValueError, match="the same weights"):
         sd1.unet.save_pretrained(tmp_path / "same")
         read_edit(sd1, tmp_path / "same")
+
+
+def test_weights_that_are_no_numbers_are_refused(sd1, theirs, adapted, tmp_path):
+    """A U-Net with NaN draws black pictures, which an audit would take for forgetting."""
+    theirs.conv_out.bias.data[0] = float("nan")
+    save_file(theirs.state_dict(), tmp_path / "unet.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinity in its conv_out.bias"):
+        read_edit(sd1, tmp_path / "unet.safetensors")
+    state = {f"unet.{name}": tensor.clone() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    next(iter(state.values()))[0] = float("inf")
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinity in .*weight: the U-Net"):
+        read_edit(sd1, tmp_path / "lora.safetensors")
