@@ -23,10 +23,9 @@ from . import __version__, nemo
 from .adaptive import time_to_copy
 from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
-from .edits import Edit, base_hash
+from .edits import Edit, base_hash, current_hash, hashed_once
 from .generation import generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
-from .models import model_hash
 from .similarity import TRANSFORMS, load_sscd
 from .store import canonical_json
 
@@ -169,7 +168,7 @@ def _timed_cases(pipe, cases: list[dict], compute, store) -> list[dict]:
         seconds = (time.perf_counter() - start) / len(chosen)
         return [{**result, "seconds": seconds} for result in results]
 
-    key = {"model": model_hash(pipe), **_beside_weights(pipe)}
+    key = {"model": current_hash(pipe), **_beside_weights(pipe)}
     batch_size = max(1, 32 // len(cases[0]["seeds"]))
     return store.map([case | key for case in cases], timed, batch_size=batch_size, desc=cases[0]["what"])
 
@@ -224,17 +223,19 @@ def audit(
     if starts is not None and (control_pipe is not None or len(starts) != len(everyone)):
         raise ValueError("starts: one for each target and then each control, and only without control_pipe.")
     settings = (preset, store, sscd, clip, attack, starts)
-    for name, edit in (edits or {"none": None}).items():
-        rows += _audited(pipe, everyone, name, edit_of_each(edit, targets, controls, name), *settings)
+    with hashed_once(pipe):
+        for name, edit in (edits or {"none": None}).items():
+            rows += _audited(pipe, everyone, name, edit_of_each(edit, targets, controls, name), *settings)
+        about = provenance(pipe, preset, sscd, clip)
     if control_pipe is not None:
         rows += _audited(control_pipe, targets, "control model", None, *settings)
     table = pd.DataFrame(rows)
-    table.attrs = provenance(pipe, preset, sscd, clip)
+    table.attrs = about
     if attack is not None:
         about = asdict(attack) if starts is None else asdict(attack) | {"start": "given"}
         table.attrs["attack"] = " ".join(f"{key}={value}" for key, value in about.items())
     if control_pipe is not None:
-        table.attrs["control weights"] = model_hash(control_pipe)
+        table.attrs["control weights"] = current_hash(control_pipe)
     return table
 
 
@@ -354,7 +355,7 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, incepti
 def _cached_distances(pipe, captions, reference, preset, store, edits, weights) -> dict:
     cases, _ = _cases(captions, preset.seeds, preset, edits)
     about = {"what": "FID and KID", "cases": cases, "reference": _data_hash(reference), "weights": Path(weights).name}
-    about |= {"model": model_hash(pipe), **_beside_weights(pipe)}
+    about |= {"model": current_hash(pipe), **_beside_weights(pipe)}
 
     def compute() -> dict:
         images = cached_generate(pipe, captions, preset.seeds, preset, store, edits)
@@ -504,7 +505,7 @@ def provenance(pipe, preset, sscd=None, clip=None) -> dict:
         judges["clip"] = Path(clip.model.name_or_path).name
     return {
         "model": preset.model,
-        "weights": model_hash(pipe),
+        "weights": current_hash(pipe),
         **judges,
         "sampling": " ".join(f"{k}={v}" for k, v in preset.sampling.items()),
         "dori_utils": __version__,

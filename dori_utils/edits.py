@@ -26,6 +26,7 @@ import torch
 from .models import model_hash
 
 _BASE = weakref.WeakKeyDictionary()  # a U-Net that edits are applied to → the hash of its pipeline without them
+_NOW = weakref.WeakKeyDictionary()  # a U-Net → the hash of its pipeline with them, within `hashed_once`
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,6 +297,24 @@ def known_base(pipe):
     finally:
         if outermost:
             del _BASE[pipe.unet]
+
+
+def current_hash(pipe):
+    """`model_hash` of the pipeline as it is now, edits that are applied included."""
+    return _NOW.get(pipe.unet) or model_hash(pipe)
+
+
+@contextmanager
+def hashed_once(pipe):
+    """Within it neither `current_hash` nor `base_hash` is computed again: weights must be as now when one is asked."""
+    outermost = pipe.unet not in _NOW
+    with known_base(pipe):
+        _NOW[pipe.unet] = current_hash(pipe)
+        try:
+            yield
+        finally:
+            if outermost:
+                del _NOW[pipe.unet]
 
 
 def union(edits):

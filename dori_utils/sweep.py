@@ -18,7 +18,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from . import nemo, wanda
 from .attack import AttackConfig
 from .audit import _beside_weights, _data_hash, audit, cached_attack, cached_edits, provenance
-from .edits import base_hash, known_base
+from .edits import base_hash, hashed_once
 from .models import MODELS, TESTBED, load_pipeline
 from .plots import csv_text
 from .presets import PRESETS, Preset
@@ -145,7 +145,10 @@ class Worker:
 
     @functools.cached_property
     def pipe(self):
-        return load_pipeline(self.plan.preset.model, base=self.plan.base)
+        pipe = load_pipeline(self.plan.preset.model, base=self.plan.base)
+        self._hashed = ExitStack()  # for good: hashing a large model takes seconds, and this one stays as it is
+        self._hashed.enter_context(hashed_once(pipe))
+        return pipe
 
     @functools.cached_property
     def statistics(self):
@@ -175,7 +178,7 @@ class Worker:
 
     def compute(self, case, config) -> dict:
         """The case's result, from the store or computed now: `NUMBERS`, and whether the attack diverged."""
-        with _one_thread(), known_base(self.pipe):
+        with _one_thread():
             return self.store.fetch(config, partial(self._compute, case))
 
     def _compute(self, case):

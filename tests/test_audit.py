@@ -342,3 +342,19 @@ def test_fid_and_kid_stand_beside_the_cost_where_inceptions_weights_are(tiny_tes
     assert cost["fid"].tolist() == [11.0, 12.0] and cost["images"].tolist() == [images] * 2
     assert asked == [(images, 3, "weights.pth")] * 2
     assert "fid" not in ordinary_cost(tiny_testbed, *given)
+
+
+def test_an_audit_hashes_the_model_once_and_sees_an_edit_that_is_applied(tiny_testbed, tmp_path, monkeypatch):
+    from dori_utils import edits as module
+
+    calls = []
+    monkeypatch.setattr(module, "model_hash", lambda pipe: calls.append(pipe) or model_hash(pipe))
+    store, edit = Store(tmp_path), value_rows_off(tiny_testbed, 0.5)
+    target = Target("t", "a cat", Image.new("RGB", (16, 16)), "VM")
+    plain = audit(tiny_testbed, [target], PRESET, store)
+    assert len(calls) == 2  # as it is, and without edits
+    with applied(tiny_testbed, edit):
+        edited = audit(tiny_testbed, [target], PRESET, store)
+        assert edited.attrs["weights"] == model_hash(tiny_testbed) != plain.attrs["weights"]
+    assert audit(tiny_testbed, [target], PRESET, store).attrs["weights"] == plain.attrs["weights"]
+    assert not edited["sscd"].equals(plain["sscd"])
