@@ -56,9 +56,7 @@ def _audit(options):
     preset, targets, controls = _asked(options)
     chosen = {name: getattr(options, name) for name in ("steps", "lr", "start", "restarts")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    steps = chosen.get("steps", preset.attack.steps)
-    record = (*(step for step in preset.attack.record if step < steps), steps)
-    attack = replace(preset.attack, record=record, **chosen)
+    attack = sweep.changed_attack(preset.attack, chosen)
     pipe = load_pipeline(options.model, base=options.base)
     return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, _edits(pipe, options))
 

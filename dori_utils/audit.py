@@ -406,15 +406,12 @@ def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
 
     def compute() -> dict:
         found = nemo.collect_statistics(pipe, captions, config)
-        values = {f"{kind} {name}": v.numpy() for kind in ("mean", "std") for name, v in getattr(found, kind).items()}
-        return values | {"tau": found.tau}
+        return {name: tensor.numpy() for name, tensor in found.tensors().items()} | {"tau": found.tau}
 
     kept = store.fetch(about, compute)
-    mean, std = (
-        {name.removeprefix(f"{kind} "): torch.from_numpy(v) for name, v in kept.items() if name.startswith(f"{kind} ")}
-        for kind in ("mean", "std")
-    )
-    return nemo.Statistics(mean, std, float(kept["tau"]), base_hash(pipe))
+    tau = float(kept.pop("tau"))
+    tensors = {name: torch.from_numpy(array) for name, array in kept.items()}
+    return nemo.Statistics.from_tensors(tensors, tau, base_hash(pipe))
 
 
 def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:

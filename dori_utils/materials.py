@@ -41,7 +41,7 @@ class Pair:
     caption: str
     source: object  # a path, or a `testbed.scenes.Scene`
 
-    @cached_property
+    @property  # kept by nobody: a training sees tens of thousands
     def image(self) -> Image.Image:
         if hasattr(self.source, "draw"):
             return Image.fromarray(self.source.draw())
@@ -58,10 +58,7 @@ class Pairs(Sequence):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        pair = self.pairs[index]
-        return Pair(
-            pair.caption, pair.source
-        ).image, pair.caption  # a new one: a training would keep them all in memory
+        return self.pairs[index].image, self.pairs[index].caption
 
 
 def load_materials(model: str = "testbed"):

@@ -81,21 +81,22 @@ class Statistics:
     tau: float
     model: str | None = None
 
-    def _tensors(self):
+    def tensors(self):
+        """Named tensors that hold all of it but tau and model, for `from_tensors`."""
         kinds = {"mean": self.mean, "std": self.std}
         return {f"{kind} {name}": value for kind, values in kinds.items() for name, value in values.items()}
 
     def fingerprint(self):
         """16 hex characters that change with any number in it."""
         digest = hashlib.sha256(repr(self.tau).encode())
-        for name, value in self._tensors().items():
+        for name, value in self.tensors().items():
             digest.update(name.encode() + value.float().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, path):
         from safetensors.torch import save_file
 
-        tensors = self._tensors()
+        tensors = self.tensors()
         save_file(tensors, path, metadata={"tau": repr(self.tau), "model": self.model or ""})
 
     @classmethod
@@ -110,8 +111,13 @@ class Statistics:
             raise OSError(
                 f"Corrupt statistics file {path} ({error}). Make it again: nemo.collect_statistics."
             ) from error
+        return cls.from_tensors(tensors, float(about["tau"]), about["model"] or None)
+
+    @classmethod
+    def from_tensors(cls, tensors, tau, model):
+        """The statistics that `tensors` was called on."""
         kinds = [{k.split(" ")[1]: v for k, v in tensors.items() if k.startswith(kind)} for kind in ("mean ", "std ")]
-        return cls(*kinds, tau=float(about["tau"]), model=about["model"] or None)
+        return cls(*kinds, tau=tau, model=model)
 
 
 def published_statistics(path, unet, tau=0.428):

@@ -580,12 +580,17 @@ def read_attacks(words, usual) -> dict[str, AttackConfig | None]:
         name = "none" if kind == "none" else " ".join(["DoRI", *(f"{key}={value}" for key, value in options.items())])
         if name in found:
             raise ValueError(f"The attack {name!r} is given twice.")
-        steps = options.get("steps", usual.steps)
-        if steps < 1:
+        if options.get("steps", usual.steps) < 1:
             raise ValueError("A sweep's attack needs at least one step; attack none is the prompt itself.")
-        record = tuple(step for step in usual.record if 0 < step < steps)
-        found[name] = None if kind == "none" else replace(usual, record=(*record, steps), **options)
+        found[name] = None if kind == "none" else changed_attack(usual, options)
     return found
+
+
+def changed_attack(usual, options) -> AttackConfig:
+    """Settings with these options changed; it records the usual steps that it reaches, and its last."""
+    steps = options.get("steps", usual.steps)
+    record = tuple(step for step in usual.record if 0 < step < steps)
+    return replace(usual, record=(*record, steps), **options)
 
 
 def _statistics(options):
