@@ -193,6 +193,7 @@ def audit(
     controls=(),
     control_pipe=None,
     starts=None,
+    recorded=True,
 ) -> pd.DataFrame:
     """Generate every target's prompt, under every mitigation, and compare with its image; then attack, and again.
 
@@ -207,14 +208,15 @@ def audit(
             targets in; its mitigation is called "control model".
         starts: embeddings (N, T, D), one for each target and then each control, that the attack starts from instead of
             `attack.start`; only without `control_pipe`, which has embeddings of its own.
+        recorded: generate from what `attack.record` kept on the way as well, not from the last embeddings alone.
 
     Returns:
         Rows (mitigation, target, prompt, kind, duplicates, attack, steps, seed, sscd, sscd_gen, d_sscd, alignment).
-        attack is "none" for the prompt itself and "DoRI" for a trigger, after that many steps: those in
-        `attack.record` and the last. Of that target and seed, sscd is SSCD_Orig; sscd_gen its generation's similarity
-        to that of the prompt without mitigation; d_sscd that to the other seeds' generations, so that its mean is
-        D_SSCD (NaN for a single seed); alignment A_CLIP, if `clip` is given. `attrs` of the table says what made it:
-        model, weights, SSCD, transform, sampling, version, attack.
+        attack is "none" for the prompt itself and "DoRI" for a trigger, after that many steps: the last, and if
+        `recorded` those in `attack.record`. Of that target and seed, sscd is SSCD_Orig; sscd_gen its generation's
+        similarity to that of the prompt without mitigation; d_sscd that to the other seeds' generations, so that its
+        mean is D_SSCD (NaN for a single seed); alignment A_CLIP, if `clip` is given. `attrs` of the table says what
+        made it: model, weights, SSCD, transform, sampling, version, attack.
 
     Raises:
         ValueError: a list of edits that is not as long as the targets, or starts that do not fit.
@@ -222,7 +224,7 @@ def audit(
     sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
     if starts is not None and (control_pipe is not None or len(starts) != len(everyone)):
         raise ValueError("starts: one for each target and then each control, and only without control_pipe.")
-    settings = (preset, store, sscd, clip, attack, starts)
+    settings = (preset, store, sscd, clip, attack, starts, recorded)
     with hashed_once(pipe):
         for name, edit in (edits or {"none": None}).items():
             rows += _audited(pipe, everyone, name, edit_of_each(edit, targets, controls, name), *settings)
@@ -239,7 +241,7 @@ def audit(
     return table
 
 
-def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config, starts) -> list[dict]:
+def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config, starts, recorded) -> list[dict]:
     """Rows of one mitigation: under the prompts, and under what DoRI found after so many steps."""
     prompts, seeds = [target.prompt for target in targets], preset.seeds
     plain = cached_embeddings(pipe, prompts, seeds, preset, store, sscd)  # (N, S, D)
@@ -248,7 +250,8 @@ def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config, star
     embeddings = {("none", 0): None}
     if config is not None:
         found = cached_attack(pipe, targets, config, store, edits, starts)
-        embeddings |= {("DoRI", step): of_step for step, of_step in found.by_step().items()}
+        by_step = found.by_step() if recorded else {config.steps: found.prompt_embeds}
+        embeddings |= {("DoRI", step): of_step for step, of_step in by_step.items()}
     rows = []
     for (attacked, steps), prompt_embeds in embeddings.items():
         ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits, prompt_embeds)

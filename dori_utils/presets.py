@@ -29,8 +29,9 @@ class Preset:
     long_controls: int  # how many of those
     locality: locality.Config  # triggers from random starts, of notebooks 04 to 06
     quick_attack: AttackConfig  # DoRI where many settings are compared, in notebooks 07 to 09
+    compared_seeds: tuple[int, ...]  # of generations where many settings are compared, and of what mitigations cost
     sparsities: tuple[float, ...]  # of Wanda, in notebook 07
-    compared_targets: int  # memorized images in notebooks 07 and 09, and as many controls
+    compared_targets: int  # memorized images in notebooks 07 and 09, and controls wherever something is attacked
     related_captions: int  # for each memorized prompt, captions that share an object with it
     surrogates: int  # what fine-tuning has each memorized prompt give instead
     finetuning: finetuning.Config
@@ -68,7 +69,7 @@ PRESETS = {
         ),
         wanda=wanda.Config(sparsity=0.02, num_inference_steps=25, guidance_scale=3.0),
         attack=AttackConfig(record=(1, 10, 25, 50)),  # the paper's settings, and the steps of its figure
-        long_attack=AttackConfig(steps=500, record=(50, 100, 200, 500)),
+        long_attack=AttackConfig(steps=500, batch_size=2, record=(50, 100, 200, 500)),
         long_controls=8,  # minutes on two cores
         # Three notebooks in minutes on two cores. For so many cases it is steps that count, not draws: on 24 of them 50
         # steps of one draw gave SSCD 0.76, of two 0.76; 25 steps of one 0.65, of four 0.71. Of the eight images that
@@ -88,9 +89,10 @@ PRESETS = {
         ),
         # A quarter of the draws costs a quarter of the time; see `locality` for how little it loses.
         quick_attack=AttackConfig(batch_size=2),
+        compared_seeds=(0, 1),
         sparsities=(0.005, 0.02, 0.05, 0.1, 0.2),
         compared_targets=8,
-        related_captions=2,
+        related_captions=4,
         surrogates=5,
         # Each of 25 steps attacks all 16 targets, with one draw instead of eight: it is most of the time even so.
         # Learning rate: this model was trained at 4e-4 to 7e-4, Stable Diffusion at 1e-4. Recovery: after these steps
@@ -153,6 +155,7 @@ PRESETS = {
             timesteps=2,
         ),
         quick_attack=AttackConfig(steps=2, batch_size=1),
+        compared_seeds=(0, 1),
         sparsities=(0.01, 0.2),
         compared_targets=2,
         related_captions=1,
@@ -191,6 +194,7 @@ PRESETS = {
         long_controls=50,  # our choice: as much work as the main table has with 500
         locality=locality.Config(),  # see there
         quick_attack=AttackConfig(),  # DoRI: nothing to save on a GPU
+        compared_seeds=tuple(range(10)),
         sparsities=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),  # DoRI has 1% and 10%; the rest is our choice, to see a curve
         compared_targets=112,  # all VM prompts
         related_captions=4,  # our choice: DoRI does not say how many

@@ -219,11 +219,14 @@ def attacked(mitigation: str, start: str = "prompt"):
     """Rows of `audit` with DoRI of the preset's VM targets; from the prompts, also of as many controls."""
     vm, controls = (load_targets("testbed", kind=kind)[: PRESET.pruned_targets] for kind in ("VM", "control"))
     edits = {mitigation: None if mitigation == "original" else pruned(mitigation)}
+    settings = {"edits": edits, "attack": PRESET.attack, "recorded": False}
     if start == "prompt":
-        return audit(pipe(), vm, PRESET, default_store(), edits=edits, attack=PRESET.attack, controls=controls)
-    others = encode_prompts(pipe(), [control.prompt for control in controls]) if start == "other prompts" else None
-    config = replace(PRESET.attack, start="prompt" if start == "other prompts" else start, record=())
-    return audit(pipe(), vm, PRESET, default_store(), edits=edits, attack=config, starts=others)
+        return audit(pipe(), vm, PRESET, default_store(), **settings, controls=controls)
+    if start == "other prompts":
+        settings["starts"] = encode_prompts(pipe(), [control.prompt for control in controls])
+    else:
+        settings["attack"] = replace(PRESET.attack, start=start)
+    return audit(pipe(), vm, PRESET, default_store(), **settings)
 
 
 def of_attack(rows, kind: str, attack: str = "DoRI"):
@@ -265,8 +268,8 @@ def tuned():
 def tuned_rate(attack: str):
     """MR after fine-tuning, under the prompts or with DoRI; the same attack on controls beside it."""
     vm, controls = (load_targets("testbed", kind=kind)[: PRESET.pruned_targets] for kind in ("VM", "control"))
-    config, few = replace(PRESET.attack, record=()), controls[: PRESET.compared_targets]
-    table = audit(pipe(), vm, PRESET, default_store(), edits={"tuned": tuned()}, attack=config, controls=few)
+    few, edits = controls[: PRESET.compared_targets], {"tuned": tuned()}
+    table = audit(pipe(), vm, PRESET, default_store(), edits=edits, attack=PRESET.attack, controls=few, recorded=False)
     scores = of_attack(table, "VM", attack)
     return metrics.memorization_rate(scores).rate, (
         f"{described(scores)}; control + DoRI: {described(of_attack(table, 'control'))}"
@@ -280,6 +283,15 @@ def tuned_cost(column: str):
     cost = ordinary_cost(pipe(), captions, real, PRESET, default_store(), clip, edits).set_index("mitigation")[column]
     remark = f"{cost['tuned']:.3f} against {cost['original']:.3f}, {len(captions)} captions, {len(PRESET.seeds)} seeds"
     return cost["tuned"] / cost["original"] - 1, remark
+
+
+def tuning_minutes():
+    """Fine-tuning alone: its surrogates are another bar's business, and in the store."""
+    vm, data = tuning_data()
+    start = time.perf_counter()
+    finetuning.finetune(pipe(), vm, config=PRESET.finetuning, **data)
+    steps = f"{PRESET.finetuning.epochs} epochs and {PRESET.finetuning.recovery} steps of recovery"
+    return (time.perf_counter() - start) / 60, f"{len(vm)} targets, {steps}"
 
 
 def control_rate():
@@ -665,6 +677,7 @@ BARS = (
     Bar("fine-tuning + DoRI, MR", "<=", 0.10, lambda: tuned_rate("DoRI")),
     Bar("fine-tuning, A_CLIP of ordinary captions, change", ">=", -0.05, lambda: tuned_cost("alignment")),
     Bar("fine-tuning, Fréchet distance of ordinary captions, change", "<=", 0.10, lambda: tuned_cost("frechet")),
+    Bar("minutes of fine-tuning 16 targets", "<=", 30, tuning_minutes),
     Bar("sweep: rows of two Ray workers that differ from the local engine's", "<=", 0, engines_differ),
     Bar("sweep: cases lost or doubled, a worker killed", "<=", 0, sweep_worker_killed),
     Bar("sweep: cases lost or doubled, driver killed and started again", "<=", 0, sweep_driver_killed),
@@ -673,6 +686,7 @@ BARS = (
     Bar("sweep: overhead of 500 cases over that of 50, times", "<=", 1.2, sweep_overhead_growth),
     Bar("download killed midway, images lost or not whole", "<=", 0, half_downloads),
     Bar("locality, notebooks 04 to 06 from an empty cache, s", "<=", 480, lambda: first_run_seconds("04", "05", "06")),
+    Bar("first run of all notebooks, from an empty cache, s", "<=", 5400, first_run_seconds),
     Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
     Bar("fast tests, s", "<=", 120, lambda: test_seconds("-m", "not slow")),
     Bar("whole suite, s", "<=", 900, test_seconds),
