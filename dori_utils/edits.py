@@ -17,7 +17,7 @@ import uuid
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,10 @@ class Edit:
 
     def fingerprint(self):
         """16 hex characters that change with any bit of what is zeroed or added, and with nothing else."""
+        return self._fingerprint
+
+    @cached_property  # of a fine-tuned U-Net it takes as long as a picture
+    def _fingerprint(self):
         shapes = [(name, tuple(mask.shape)) for name, mask in sorted(self.masks.items())]  # packed bits have lost them
         digest = hashlib.sha256(f"{self.model} {shapes}".encode())
         arrays = self.to_arrays()
@@ -230,17 +234,20 @@ def _patches(unet, copies, rows, count):
     layers = dict.fromkeys(name.rpartition(".")[0] for edited in copies for name in edited)
     layers = {name: unet.get_submodule(name) for name in layers}
     if all(isinstance(layer, torch.nn.Linear) for layer in layers.values()):
-        own = {
-            name: [
-                (edited.get(f"{name}.weight", layer.weight), edited.get(f"{name}.bias", layer.bias))
-                for edited in copies
-            ]
-            for name, layer in layers.items()
-        }
-        return [(layer, partial(_forward_by_row, own[name], rows, count)) for name, layer in layers.items()]
+        return [(layer, _by_row(name, layer, copies, rows, count)) for name, layer in layers.items()]
     if unet.is_gradient_checkpointing:  # it would compute once more when the edited weights are gone
         raise ValueError("Rows under different edits of layers that are not linear: not with gradient checkpointing.")
     return [(unet, partial(_unet_by_row, unet, copies, rows, count))]
+
+
+def _by_row(name, layer, copies, rows, count):
+    """A new `forward` for an edited linear layer; takes its weights out of `copies`."""
+    weights = [edited.pop(f"{name}.weight", layer.weight) for edited in copies]
+    biases = [edited.pop(f"{name}.bias", layer.bias) for edited in copies]
+    if len({len(own) for own in rows}) > 1 or not torch.equal(torch.cat(rows), torch.arange(count)):
+        return partial(_forward_by_row, list(zip(weights, biases, strict=True)), rows, count)
+    bias = None if layer.bias is None else torch.stack(biases)[:, None]
+    return partial(_forward_at_once, torch.stack([weight.T for weight in weights]), bias, count=count)
 
 
 class _Unpatched(torch.nn.Module):
@@ -280,6 +287,19 @@ def _forward_by_row(weights, rows, count, inputs):
         outputs.append(torch.nn.functional.linear(inputs[chosen], weight, bias))
         order.append(chosen)
     return torch.cat(outputs)[torch.cat(order).argsort()]
+
+
+def _forward_at_once(weight, bias, inputs, count):
+    """The same in one product, of `count` rows in as many neighbours for each of E edits.
+
+    Args:
+        weight: (E, columns, rows of it).
+        bias: (E, 1, rows of it), or None.
+    """
+    by_edit = inputs.unflatten(0, (-1, len(weight), count // len(weight))).transpose(0, 1)
+    outputs = by_edit.flatten(1, -2) @ weight  # (E, k * count / E * ..., rows of it)
+    outputs = outputs if bias is None else outputs + bias
+    return outputs.unflatten(1, by_edit.shape[1:-1]).transpose(0, 1).flatten(0, 2)
 
 
 def base_hash(pipe):

@@ -278,6 +278,11 @@ def test_attacks_add_rows_for_every_recorded_step_and_for_the_controls(tiny_test
     last = table[(table["mitigation"] == "Wanda") & (table["steps"] == 2)]
     assert np.allclose(scores_by_target(last), expected, atol=0.02)
     assert "steps=2" in table.attrs["attack"]
+    cases = len(list(store.folder.iterdir()))
+    ends = audit(tiny_testbed, vm, PRESET, store, edits=edits, attack=ATTACK, controls=controls, recorded=False)
+    on_the_way = (table["attack"] == "DoRI") & (table["steps"] < 2)
+    assert ends.equals(table[~on_the_way].reset_index(drop=True))
+    assert len(list(store.folder.iterdir())) == cases  # the same attacks
 
 
 def test_an_audit_attacks_from_the_starts_given(tiny_testbed, store):
