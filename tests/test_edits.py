@@ -158,11 +158,13 @@ def weights_off(pipe):
     return Edit("Wanda", base_hash(pipe), masks={WEIGHTS: mask})
 
 
+@pytest.mark.parametrize("layout", ["abcbd", "abc", "aabbcc"])
 @torch.no_grad()
-def test_rows_of_one_batch_run_under_their_own_edits(pipe):
-    edits = [rows_off(pipe, *range(12)), None, weights_off(pipe), None, rows_off(pipe, 1)]
+def test_rows_of_one_batch_run_under_their_own_edits(pipe, layout):
+    made = {"a": rows_off(pipe, *range(12)), "b": None, "c": weights_off(pipe), "d": rows_off(pipe, 1)}
+    edits, count = [made[letter] for letter in layout], len(layout)
     before = model_hash(pipe)
-    embeds, noise = encode_prompts(pipe, ["a cat"] * 5), initial_latents(pipe, range(5))
+    embeds, noise = encode_prompts(pipe, ["a cat"] * count), initial_latents(pipe, range(count))
     with applied_by_row(pipe, edits):
         once = pipe.unet(noise, 500, encoder_hidden_states=embeds).sample
         twice = pipe.unet(noise.repeat(2, 1, 1, 1), 500, encoder_hidden_states=embeds.repeat(2, 1, 1)).sample
@@ -170,7 +172,7 @@ def test_rows_of_one_batch_run_under_their_own_edits(pipe):
     for row, edit in enumerate(edits):
         with applied(pipe, edit):
             alone = pipe.unet(noise[row : row + 1], 500, encoder_hidden_states=embeds[row : row + 1]).sample[0]
-        for together in (once[row], twice[row], twice[row + 5]):
+        for together in (once[row], twice[row], twice[row + count]):
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert "forward" not in vars(pipe.unet.get_submodule(ROWS.removesuffix(".weight")))
 
