@@ -114,6 +114,7 @@ def _serve(connection_file, folder, environment):
     # What ipykernel puts into the environment, for whoever imports matplotlib after that.
     matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"
     tqdm.set_lock(threading.RLock())  # its own has a semaphore, which is left behind when a kernel is killed
+    multiprocessing.current_process().daemon = False  # else joblib would not use more than one process
     threading.Thread(target=_end_with_the_book, daemon=True).start()
     no_terminal = f"--IPKernelApp.parent_handle={os.getppid()}"  # otherwise it says on it how to connect to this kernel
     IPKernelApp.launch_instance(["-f", connection_file, no_terminal])

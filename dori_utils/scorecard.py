@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 
 from . import finetuning, metrics, nemo, sweep, targets, wanda
-from .attack import attack
+from .attack import AttackConfig, attack
 from .audit import audit, cached_edits, cached_generate, cached_training, ordinary_cost, scores_by_target
 from .edits import known_base
 from .generation import decode, denoise, encode_prompts, generate, initial_latents
@@ -52,6 +52,7 @@ from .testbed.search import nearest_training_images
 from .testbed.train import to_model_range, unet_training_set
 
 PRESET = PRESETS["testbed"]
+ATTACK = replace(PRESET.attack, batch_size=AttackConfig.batch_size)  # the paper's draws; the book has half of them
 COMPARE = {"<=": lambda value, bound: value <= bound, ">=": lambda value, bound: value >= bound}
 
 
@@ -219,19 +220,19 @@ def attacked(mitigation: str, start: str = "prompt"):
     """Rows of `audit` with DoRI of the preset's VM targets; from the prompts, also of as many controls."""
     vm, controls = (load_targets("testbed", kind=kind)[: PRESET.pruned_targets] for kind in ("VM", "control"))
     edits = {mitigation: None if mitigation == "original" else pruned(mitigation)}
-    settings = {"edits": edits, "attack": PRESET.attack, "recorded": False}
+    settings = {"edits": edits, "attack": ATTACK, "recorded": False}
     if start == "prompt":
         return audit(pipe(), vm, PRESET, default_store(), **settings, controls=controls)
     if start == "other prompts":
         settings["starts"] = encode_prompts(pipe(), [control.prompt for control in controls])
     else:
-        settings["attack"] = replace(PRESET.attack, start=start)
+        settings["attack"] = replace(ATTACK, start=start)
     return audit(pipe(), vm, PRESET, default_store(), **settings)
 
 
 def of_attack(rows, kind: str, attack: str = "DoRI"):
     """Scores (targets, seeds) of the prompts, or of the triggers after the last step."""
-    last = PRESET.attack.steps if attack == "DoRI" else 0
+    last = ATTACK.steps if attack == "DoRI" else 0
     return scores_by_target(rows[(rows["kind"] == kind) & (rows["attack"] == attack) & (rows["steps"] == last)])
 
 
@@ -269,7 +270,7 @@ def tuned_rate(attack: str):
     """MR after fine-tuning, under the prompts or with DoRI; the same attack on controls beside it."""
     vm, controls = (load_targets("testbed", kind=kind)[: PRESET.pruned_targets] for kind in ("VM", "control"))
     few, edits = controls[: PRESET.compared_targets], {"tuned": tuned()}
-    table = audit(pipe(), vm, PRESET, default_store(), edits=edits, attack=PRESET.attack, controls=few, recorded=False)
+    table = audit(pipe(), vm, PRESET, default_store(), edits=edits, attack=ATTACK, controls=few, recorded=False)
     scores = of_attack(table, "VM", attack)
     return metrics.memorization_rate(scores).rate, (
         f"{described(scores)}; control + DoRI: {described(of_attack(table, 'control'))}"
@@ -308,7 +309,7 @@ def from_start(start: str):
 
 def attack_throughput():
     """Seconds of the attack on 16 targets one at a time over those on all together."""
-    vm, config = load_targets("testbed", kind="VM")[:16], replace(PRESET.attack, steps=3, record=())
+    vm, config = load_targets("testbed", kind="VM")[:16], replace(ATTACK, steps=3, record=())
     with known_base(pipe()):
         together, one = paired_seconds(
             lambda: attack(pipe(), vm, config, progress=False),
@@ -320,7 +321,7 @@ def attack_throughput():
 
 def attack_overhead():
     """Seconds of the attack over those of its U-Net's forward and backward passes on batches of the same size."""
-    vm, config = load_targets("testbed", kind="VM")[:12], replace(PRESET.attack, steps=5, record=())
+    vm, config = load_targets("testbed", kind="VM")[:12], replace(ATTACK, steps=5, record=())
     embeds = encode_prompts(pipe(), [t.prompt for t in vm]).repeat(config.batch_size, 1, 1).requires_grad_()
     noisy, timesteps = initial_latents(pipe(), range(len(embeds))), torch.arange(len(embeds)) * 10
 
@@ -347,7 +348,7 @@ def peak_memory_of_attack(steps: int):
     """MB that this process has used at most, after an attack of so many steps."""
     import resource
 
-    attack(pipe(), load_targets("testbed", kind="VM")[:4], replace(PRESET.attack, steps=steps, record=()))
+    attack(pipe(), load_targets("testbed", kind="VM")[:4], replace(ATTACK, steps=steps, record=()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -527,7 +528,7 @@ def sweep_driver_killed():
 def sweep_efficiency():
     """How much of twice the speed two workers of one thread reach; when all have loaded the model, so without start."""
     preset, times, count = replace(PRESET, seeds=(0,)), {1: [], 2: []}, 12
-    attacks = {"DoRI": replace(PRESET.attack, steps=3, record=())}
+    attacks = {"DoRI": replace(ATTACK, steps=3, record=())}
     for workers in (1, 2, 2, 1):
         with tempfile.TemporaryDirectory() as folder:
             plan = sweep.Plan(preset, {"original": None}, attacks, folder)

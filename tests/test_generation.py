@@ -241,9 +241,11 @@ def test_nan_is_reported_with_its_case_instead_of_a_black_image(sd1):
         generate(sd1, prompt_embeds=embeds, seeds=[4], **QUICK)
 
 
-def test_default_batch_is_16_testbed_images_on_a_cpu_and_one_of_sd(sd1, monkeypatch):
+def test_default_batch_is_32_testbed_images_on_a_cpu_and_two_of_sd(sd1, monkeypatch):
     monkeypatch.setattr(generation, "latent_size", lambda pipe: (16, 16))
-    assert generation._default_batch_size(sd1) == 16
+    assert generation._default_batch_size(sd1) == 32
+    monkeypatch.setattr(generation, "latent_size", lambda pipe: (64, 64))
+    assert generation._default_batch_size(sd1) == 2
     monkeypatch.setattr(generation, "latent_size", lambda pipe: (96, 96))
     assert generation._default_batch_size(sd1) == 1
 
