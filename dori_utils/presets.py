@@ -125,8 +125,8 @@ PRESETS = {
         adaptive=adaptive.Config(
             attempts=(
                 AttackConfig(steps=500, batch_size=1),
-                AttackConfig(steps=100, batch_size=1, lr=0.2, start="noise"),
-                AttackConfig(steps=100, batch_size=1, lr=0.05),
+                AttackConfig(steps=150, batch_size=1, lr=0.2, start="noise"),
+                AttackConfig(steps=150, batch_size=1, lr=0.05),
             ),
             seeds=(0, 1),
             num_inference_steps=6,
