@@ -89,13 +89,13 @@ def test_kernels_have_the_modules_imported_and_nothing_of_each_other(folder, tmp
         assert any("image/png" in output.get("data", {}) for output in drawn.outputs), "matplotlib's inline backend"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels are started by a command")
 def test_a_notebook_may_use_more_than_one_process(folder):
     others = "assert os.getpid() not in Parallel(2)(delayed(os.getpid)() for _ in range(4))"
     _write(folder, "00.ipynb", "import os\nfrom joblib import Parallel, delayed", others)
     assert _run(folder) == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels are started by a command")
 def test_a_kernel_ends_when_the_book_is_killed(folder, tmp_path):
     begun = tmp_path / "begun"
     wait = f"import os, time\nopen({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
