@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-figures: $(STAMP) ## run all notebooks in order; they write figures/, their executed copies are in build/notebooks/
+figures: $(STAMP) ## run all notebooks, two at a time; they write figures/, their executed copies are in build/notebooks/
 	$(BIN)/python -m dori_utils.book $(ARGS)
 
 test: lint ## lint, then every test

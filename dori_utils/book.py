@@ -1,8 +1,13 @@
 """The notebooks as a book: runs them from first to last. `make figures` calls this.
 
-    python -m dori_utils.book                                    # every notebook
+    python -m dori_utils.book                                    # every notebook, two at a time
+    python -m dori_utils.book --kernels 1                        # one after another, in order
     python -m dori_utils.book 01 03                              # two of them
     python -m dori_utils.book 01 -p MODEL sd14 -p PRESET paper   # other values for the cell tagged `parameters`
+
+Small models leave much of a processor idle, so the testbed's notebooks run two at a time, each on half of the cores:
+a third faster on two. What a notebook needs (a list in its metadata, beside the `minutes` that it takes so) is through
+before it begins; what two want at the same time, one computes (`Store.map`, `audit.cached_training`).
 
 A notebook runs as it does in JupyterLab: in a fresh kernel, with notebooks/ as its working directory. Its figures go to
 figures/ (`plots.save_figure`), its executed copy, saved after each cell, to build/notebooks/, which git ignores.
@@ -23,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import nbformat
@@ -33,6 +39,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.provisioning import LocalProvisioner
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError, strip_color
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK_LINES = 12
@@ -196,33 +203,66 @@ def _code_cells_begun(executed: Path) -> int:
     return sum(cell.cell_type == "code" and bool(cell.metadata.papermill.start_time) for cell in cells)
 
 
-def run_book(notebooks: list[Path], output: Path, parameters: dict | None = None) -> dict[str, float]:
-    """Executes the notebooks one after another, a bar for each, up to the first error; returns seconds by notebook."""
-    seconds, expected = {}, [_minutes(notebook) for notebook in notebooks]
-    shares = share_out(parameters or {}, notebooks)
-    for number, (notebook, share) in enumerate(zip(notebooks, shares, strict=True)):
-        left = time_left(expected, list(seconds.values()))
-        progress = {"desc": f"{number + 1}/{len(notebooks)} {notebook.stem}{left}", "bar_format": BAR}
-        seconds[notebook.stem] = run_notebook(notebook, output / notebook.name, share, progress)
-    return seconds
-
-
-def _minutes(notebook: Path) -> float:
-    """What a notebook says of itself, in its metadata: how long its first run takes on two cores."""
-    return nbformat.read(notebook, as_version=4).metadata.get("minutes", 0)
-
-
-def time_left(expected: list[float], seconds: list[float]) -> str:
-    """Text for the bar: minutes for this notebook and all after it, or nothing if no notebook says how long it takes.
+def run_book(notebooks: list[Path], output: Path, parameters: dict | None = None, kernels: int = 1) -> dict[str, float]:
+    """Executes the notebooks, a bar for each, and returns seconds by notebook.
 
     Args:
-        expected: minutes of each notebook's first run, by its own word.
-        seconds: what those that are through took: this machine's speed, and how much it had in its cache.
+        kernels: so many at a time, the one from which the most minutes of work follow first; one at a time, in order.
+
+    Raises:
+        NotebookError: one failed. No other begins then; those that are running are waited for.
     """
-    done = sum(expected[: len(seconds)])
-    speed = sum(seconds) / 60 / done if done else 1.0
-    this, rest = speed * expected[len(seconds)], speed * sum(expected[len(seconds) :])
-    return f", about {this:.0f} min, in all {rest:.0f} min left" if rest else ""
+    shares = dict(zip(notebooks, share_out(parameters or {}, notebooks), strict=True))
+    about = {notebook: nbformat.read(notebook, as_version=4).metadata for notebook in notebooks}
+    needs = {n: [m for m in notebooks if m.name.startswith(tuple(about[n].get("needs", ())))] for n in notebooks}
+    minutes = {notebook: about[notebook].get("minutes", 0) for notebook in notebooks}
+    waiting, running, lines, seconds = list(notebooks), {}, {}, {}  # lines: on the terminal, of those that are running
+    if kernels > 1:
+        waiting.sort(key=lambda notebook: -_minutes_from(notebook, minutes, needs))
+    with ThreadPoolExecutor(kernels) as pool:
+        while waiting or running:
+            ready = [n for n in waiting if all(needed in seconds for needed in needs[n])]
+            for notebook in ready[: kernels - len(running)]:
+                rest = sum(minutes[n] for n in notebooks if n not in seconds)
+                done = sum(minutes[n] for n in seconds)
+                left = time_left(minutes[notebook], rest, done, sum(seconds.values()), kernels)
+                number = len(seconds) + len(running) + 1
+                lines[notebook] = min(set(range(kernels)) - set(lines.values()))
+                progress = {"desc": f"{number}/{len(notebooks)} {notebook.stem}{left}", "bar_format": BAR}
+                progress |= {"position": lines[notebook], "leave": False}
+                place = output / notebook.name
+                running[pool.submit(run_notebook, notebook, place, shares[notebook], progress)] = notebook
+                waiting.remove(notebook)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                notebook = running.pop(future)
+                del lines[notebook]
+                if future.exception() and running:
+                    others = " and ".join(other.stem for other in running.values())
+                    tqdm.write(f"{notebook.stem} failed; waiting for {others}", file=sys.stderr)
+                seconds[notebook] = future.result()
+                tqdm.write(f"{notebook.stem}: {seconds[notebook] / 60:.1f} min", file=sys.stderr)
+    return {notebook.stem: seconds[notebook] for notebook in notebooks}
+
+
+def _minutes_from(notebook: Path, minutes: dict[Path, float], needs: dict[Path, list[Path]]) -> float:
+    """Minutes of a notebook and of the longest way from it through those that need it."""
+    ways = [_minutes_from(later, minutes, needs) for later in needs if notebook in needs[later]]
+    return minutes[notebook] + max(ways, default=0)
+
+
+def time_left(minutes: float, rest: float, done: float, seconds: float, kernels: int = 1) -> str:
+    """Text for the bar: minutes for this notebook and in all, or nothing if no notebook says how long it takes.
+
+    Args:
+        minutes: of this notebook's first run, by its own word.
+        rest: those of all notebooks that are not through, this one and running ones among them.
+        done: those of the notebooks that are through,
+        seconds: and what these took: this machine's speed, and how much it had in its cache.
+        kernels: notebooks at a time.
+    """
+    speed = seconds / 60 / done if done else 1.0
+    left = max(speed * minutes, speed * rest / kernels)
+    return f", about {speed * minutes:.0f} min, in all {left:.0f} min left" if rest else ""
 
 
 def _value(text: str):
@@ -240,18 +280,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-p", dest="parameters", **values, help="a value for the cells tagged `parameters`; repeatable")
     parser.add_argument("--folder", type=Path, default=ROOT / "notebooks", help="where the notebooks are")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "notebooks", help="where executed copies go")
+    kernels = "notebooks at a time; by default two, and one if the parameters name a MODEL, which may be large"
+    parser.add_argument("--kernels", type=int, help=kernels)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     parameters = {name: _value(text) for name, text in options.parameters}
+    start, cores = time.perf_counter(), os.cpu_count() or 1
+    kernels = options.kernels or (1 if "MODEL" in parameters else min(2, cores))
     try:
-        seconds = run_book(find_notebooks(options.folder, options.notebooks), options.output, parameters)
+        notebooks = find_notebooks(options.folder, options.notebooks)
+        kernels = min(kernels, len(notebooks))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // kernels)))  # torch's threads in a kernel
+        seconds = run_book(notebooks, options.output, parameters, kernels)
     except (NotebookError, FileNotFoundError, ValueError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    for name, value in (seconds | {"all": sum(seconds.values())}).items():
+    for name, value in (seconds | {"all": time.perf_counter() - start}).items():
         print(f"{name:<40} {value:8.1f} s")
     return 0
 

@@ -15,6 +15,7 @@ import html
 import io
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def figures_folder() -> Path:
 
 
 def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
-    """Writes NAME.png and, beside it, NAME.csv with the numbers that the figure shows.
+    """Writes NAME.png and, beside it, NAME.csv with the numbers that the figure shows; a notebook shows the PNG itself.
 
     The same figure and table give the same bytes: the PNG carries no date and no version, and the CSV has six
     significant digits, so that a rerun shows up in version control only where a result has changed.
@@ -118,7 +119,20 @@ def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
     folder = figures_folder()
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / f"{name}.csv", csv_text(table).encode())
-    return _replace(folder / f"{name}.png", picture.getvalue())
+    path = _replace(folder / f"{name}.png", picture.getvalue())
+    _show_saved(fig, picture)
+    return path
+
+
+def _show_saved(fig: Figure, picture: io.BytesIO) -> None:
+    """In a notebook, shows the picture and closes the figure, which would be drawn once more at the end of the cell."""
+    if "IPython" not in sys.modules or not hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
+        return
+    from IPython.display import Image as Shown
+    from IPython.display import display
+
+    display(Shown(picture.getvalue(), width=round(Image.open(picture).width * fig.dpi / DPI)))
+    plt.close(fig)
 
 
 def csv_text(table: pd.DataFrame) -> str:

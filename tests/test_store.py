@@ -54,6 +54,20 @@ def test_map_computes_missing_cases_in_batches_and_keeps_the_order(tmp_path):
     assert calls == [[2], [5, 4], [3]]
 
 
+def test_what_another_process_has_saved_meanwhile_is_not_computed(tmp_path):
+    store, asked = Store(tmp_path), []
+
+    def compute(configs):
+        asked.append([config["n"] for config in configs])
+        if len(asked) == 1:
+            Store(tmp_path).map([{"n": 2}, {"n": 4}, {"n": 5}], lambda configs: [{"x": -c["n"]} for c in configs], 3)
+        return [{"x": config["n"]} for config in configs]
+
+    found = store.map([{"n": n} for n in range(6)], compute, batch_size=2, progress=False)
+    assert asked == [[0, 1], [3]]
+    assert [int(case["x"]) for case in found] == [0, 1, -2, 3, -4, -5]
+
+
 def test_deleting_one_file_recomputes_one_case(tmp_path):
     store, calls = Store(tmp_path), []
     configs = [{"n": n} for n in range(4)]
