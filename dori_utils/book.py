@@ -5,9 +5,10 @@
     python -m dori_utils.book 01 03                              # two of them
     python -m dori_utils.book 01 -p MODEL sd14 -p PRESET paper   # other values for the cell tagged `parameters`
 
-Small models leave much of a processor idle, so the testbed's notebooks run two at a time, each on half of the cores:
-a third faster on two. What a notebook needs (a list in its metadata, beside the `minutes` that it takes so) is through
-before it begins; what two want at the same time, one computes (`Store.map`, `audit.cached_training`).
+The testbed's notebooks run two at a time, each on half of the cores. The U-Net gains nothing from that, but whatever
+has one thread anyway, loading, drawing, looking into the cache, does: most of a run whose results are all there. What a
+notebook needs (a list in its metadata, beside the `minutes` that it takes so) is through before it begins; what two
+want at the same time, one computes (`Store.map`, `audit.cached_training`).
 
 A notebook runs as it does in JupyterLab: in a fresh kernel, with notebooks/ as its working directory. Its figures go to
 figures/ (`plots.save_figure`), its executed copy, saved after each cell, to build/notebooks/, which git ignores.

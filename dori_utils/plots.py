@@ -250,7 +250,8 @@ def attack_bars(axes: Sequence[Axes], summary: pd.DataFrame, colors: Mapping[str
         colors: mitigation → colour, in the order of the bars: lighter for the prompts, full with DoRI.
         paper: mitigation → SSCD_Orig and rate that the paper has with DoRI, drawn as marks; of those that it has.
     """
-    summary, places = summary.set_index(["kind", "attack", "mitigation"]), np.arange(len(colors))
+    summary = summary.set_index(["kind", "attack", "mitigation"]).sort_index()
+    places = np.arange(len(colors))
     tints = [lighter(color) for color in colors.values()]
     bars = {  # label → kind and attack, colours
         "prompts": (("VM", "none"), tints),
