@@ -41,6 +41,7 @@ def test_who_is_back_at_a_check_stops_there(tiny_testbed, targets, monkeypatch):
     assert [(own["work"], own["copied"], own["attempt"], own["steps"]) for own in found] == [(4, True, 0, 2)] * 3
 
 
+@pytest.mark.slow
 def test_those_who_are_left_go_on_alone_in_the_next_attempt(tiny_testbed, targets, monkeypatch):
     first = replace(QUICK, attempts=ATTEMPTS[:1])
     scores = [own["sscd"] for own in time_to_copy(tiny_testbed, targets, first, load_sscd(), "testbed", progress=False)]

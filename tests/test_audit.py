@@ -248,6 +248,7 @@ WANDA = wanda.Config(sparsity=0.2, steps=1, num_inference_steps=2, guidance_scal
 ATTACK = AttackConfig(steps=2, batch_size=2, record=(0, 1))
 
 
+@pytest.mark.slow
 def test_attacks_add_rows_for_every_recorded_step_and_for_the_controls(tiny_testbed, store):
     targets = make_targets(tiny_testbed)
     vm, controls = targets[:2], targets[2:]

@@ -59,6 +59,7 @@ def test_notebooks_run_in_order_and_a_table_of_seconds_follows(folder, capsys):
     assert "2/2 01_second, about " in printed.err and "in all 60" not in printed.err.split("2/2")[1]
 
 
+@pytest.mark.slow
 def test_two_notebooks_run_at_a_time_on_half_of_the_cores_each(folder, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     meet = "import os, time\nopen('{0}', 'w')\nwhile not os.path.exists('{1}'): time.sleep(0.05)"
@@ -71,6 +72,7 @@ def test_two_notebooks_run_at_a_time_on_half_of_the_cores_each(folder, monkeypat
         assert cells[-1].outputs[0].text == f"{max(1, os.cpu_count() // 2)}\n"
 
 
+@pytest.mark.slow
 def test_a_notebook_waits_for_what_it_needs_and_the_longest_way_comes_first(folder, capsys):
     append = "open('order.txt', 'a').write('{} ')"
     wait = "import os, time\nwhile not os.path.exists('order.txt'): time.sleep(0.05)"
@@ -85,6 +87,7 @@ def test_a_notebook_waits_for_what_it_needs_and_the_longest_way_comes_first(fold
     assert all(begun in printed for begun in ("1/4 00", "2/4 03", "3/4 02", "4/4 01"))
 
 
+@pytest.mark.slow
 def test_after_a_failure_what_runs_is_waited_for_and_nothing_else_begins(folder, capsys):
     _write(folder, "00_fails.ipynb", "1 / 0")
     _write(folder, "01_slow.ipynb", "import time\ntime.sleep(2)", "open('slow.txt', 'w')")
@@ -102,6 +105,7 @@ def test_time_left_is_by_the_notebooks_own_word_and_the_speed_so_far():
     assert book.time_left(0, 0, 0, 4.0) == ""
 
 
+@pytest.mark.slow
 def test_the_kernel_is_this_python_whatever_is_registered_as_python3(folder, tmp_path, monkeypatch):
     registered = tmp_path / "jupyter" / "kernels" / "python3"
     registered.mkdir(parents=True)
@@ -132,12 +136,14 @@ def test_kernels_have_the_modules_imported_and_nothing_of_each_other(folder, tmp
         assert any("image/png" in output.get("data", {}) for output in drawn.outputs), "matplotlib's inline backend"
 
 
+@pytest.mark.slow
 def test_a_notebook_may_use_more_than_one_process(folder):
     others = "assert os.getpid() not in Parallel(2)(delayed(os.getpid)() for _ in range(4))"
     _write(folder, "00.ipynb", "import os\nfrom joblib import Parallel, delayed", others)
     assert _run(folder) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels are started by a command")
 def test_a_kernel_ends_when_the_book_is_killed(folder, tmp_path):
     begun = tmp_path / "begun"

@@ -100,6 +100,7 @@ def test_the_pipeline_is_left_as_it_was_also_after_an_exception(pipe, method):
     assert model_hash(pipe) == before and [p.requires_grad for p in pipe.unet.parameters()] == flags
 
 
+@pytest.mark.slow
 @each_method
 def test_a_killed_run_goes_on_to_the_same_weights(sd1, method, tmp_path):
     config = replace(CONFIGS[method], steps=3, batch_size=2)
@@ -257,6 +258,7 @@ def test_without_regularization_the_loss_is_ablation_alone(sd1):
     assert numbers["loss"] == pytest.approx(ablation_terms(sd1, config)[0].item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ablation_brings_the_prompt_near_its_anchor_and_moves_others_less(tiny_testbed):
     noisy, timesteps = random_noisy(tiny_testbed, 8)
 

@@ -149,6 +149,7 @@ def test_the_ablation_has_prompts_in_the_place_of_triggers(sd1):
     assert largest_difference(prompts, no_steps) == 0 < largest_difference(prompts, triggers)
 
 
+@pytest.mark.slow
 def test_recovery_goes_on_with_ordinary_images_alone(sd1, tmp_path, monkeypatch):
     attacked, epochs = [], {}
     monkeypatch.setattr(finetuning, "attack", lambda *args, **kwargs: attacked.append(1) or attack(*args, **kwargs))
@@ -164,6 +165,7 @@ def test_recovery_goes_on_with_ordinary_images_alone(sd1, tmp_path, monkeypatch)
     assert largest_difference(no_pairs, pairs) == 0  # without its weight nothing but ordinary images counts
 
 
+@pytest.mark.slow
 def test_starts_take_turns(sd1):
     both = run(sd1, replace(QUICK, starts=("prompt", "noise")))
     assert largest_difference(both, run(sd1)) > 0
@@ -197,6 +199,7 @@ def test_a_surrogate_takes_the_place_of_the_image(tiny_testbed):
 # --- Going on, and what is kept on the way ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_run_killed_inside_an_epoch_goes_on_to_the_same_weights(sd1, tmp_path, ema):
     config, steps = replace(QUICK, ema=ema), []

@@ -171,6 +171,7 @@ def test_the_command_writes_tables_and_goes_on_where_it_was(options, tmp_path, c
     assert counts.to_dict() == {(a, m): 2 for a in ("DoRI", "DoRI lr=0.2") for m in ("original", "Wanda")}
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_cases_and_keeps_the_one_that_it_measures(options, tmp_path, capsys):
     command = ["sweep", *options, "--mitigations", "none", "--limit", "1", "--out", str(tmp_path / "out")]
     assert main([*command, "--dry-run", "--workers", "8"]) == 0

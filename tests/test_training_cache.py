@@ -36,6 +36,7 @@ def data(color="red"):
     return {"surrogates": surrogates, "ordinary": [(Image.new("RGB", (64, 64), "gray"), "the violin")]}
 
 
+@pytest.mark.slow
 def test_training_is_kept_epoch_by_epoch_and_done_once(tiny_testbed, targets, store):
     trained = []
 
