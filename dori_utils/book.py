@@ -7,8 +7,9 @@
 
 The testbed's notebooks run two at a time, each on half of the cores. The U-Net gains nothing from that, but whatever
 has one thread anyway, loading, drawing, looking into the cache, does: most of a run whose results are all there. What a
-notebook needs (a list in its metadata, beside the `minutes` that it takes so) is through before it begins; what two
-want at the same time, one computes (`Store.map`, `audit.cached_training`).
+notebook needs (a list in its metadata, beside the `minutes` that it takes so) is through before it begins. Of two that
+want the same training one trains (`audit.cached_training`), and what the other has saved before a further batch is not
+computed again (`Store.map`); what both begin at the same moment, both compute.
 
 A notebook runs as it does in JupyterLab: in a fresh kernel, with notebooks/ as its working directory. Its figures go to
 figures/ (`plots.save_figure`), its executed copy, saved after each cell, to build/notebooks/, which git ignores.
