@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from sklearn.metrics import roc_curve
 
@@ -48,6 +48,7 @@ PALETTE = KINDS | MITIGATIONS
 IMAGES = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
 COLUMN, PAGE = 3.3, 6.8
 DPI = 200
+CAPTION = 7  # points, of what stands under an image
 SCORES = LinearSegmentedColormap.from_list("scores", ["#E8E8E8", KINDS["VM"]])  # borders: SSCD 0 → 1, a verbatim copy
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -185,22 +186,31 @@ def image_grid(
     _check_shape("captions", captions, rows)
     _check_shape("scores", scores, rows)
 
-    has_captions = captions is not None or scores is not None
-    tile = (width - (0.2 if row_labels is not None else 0)) / columns
-    height = len(rows) * (tile + (0.14 if has_captions else 0)) + (0.2 if column_labels is not None else 0)
-    fig, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0, hspace=0)
+    if captions is None and scores is not None:
+        captions = [["" if _no_score(score) else f"{score:.2f}" for score in row] for row in scores]
+    gap, line, small = 0.03, 1.2 * plt.rcParams["font.size"] / 72, 1.2 * CAPTION / 72  # inches; two heights of a line
+    left = _lines(row_labels) * line + (gap if row_labels else 0)
+    side = (width - left) / columns
+    tops = [_lines(column_labels) * line + gap]
+    for row in captions or [[]] * len(rows):
+        tops.append(tops[-1] + side + _lines(row) * small + gap)
+
+    # One Axes in inches: with one for each image, matplotlib takes seconds to lay out and draw a hundred.
+    fig = plt.figure(figsize=(width, tops[-1]), layout="none")
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(tops[-1], 0))
+    ax.axis("off")
     for i, row in enumerate(rows):
-        for j in range(columns):
-            axes[i, j].set(xticks=[], yticks=[])
-            axes[i, j].spines[:].set_visible(False)
-            if j < len(row) and row[j] is not None:
-                score = None if scores is None else scores[i][j]
-                _tile(axes[i, j], row[j], None if captions is None else captions[i][j], score)
-    for ax, label in zip(axes[:, 0], row_labels or [], strict=False):
-        ax.set_ylabel(label)
-    for ax, label in zip(axes[0], column_labels or [], strict=False):
-        ax.set_title(label)
+        for j, image in enumerate(row):
+            if image is None:
+                continue
+            x, y = left + (j + 0.5) * side, tops[i] + side / 2
+            _tile(ax, image, (x, y), side - 2 * gap, None if scores is None else scores[i][j])
+            if captions is not None:
+                ax.text(x, y + side / 2, captions[i][j], ha="center", va="top", fontsize=CAPTION)
+    for top, label in zip(tops, row_labels or [], strict=False):
+        ax.text(left - gap, top + side / 2, label, rotation=90, ha="right", va="center", multialignment="center")
+    for j, label in enumerate(column_labels or []):
+        ax.text(left + (j + 0.5) * side, tops[0], label, ha="center", va="bottom")
     return fig
 
 
@@ -213,15 +223,24 @@ def _check_shape(name: str, values, expected: Sequence, nested: bool = True) -> 
         raise ValueError(f"{name} do not fit the images: {lengths} for {wanted}")
 
 
-def _tile(ax: Axes, image: Image.Image, caption: str | None, score: float | None) -> None:
-    ax.imshow(image)
-    scored = score is not None and not np.isnan(score)
-    if scored:
-        ax.spines[:].set(visible=True, color=SCORES(float(score)), linewidth=3 if score > COPY else 1.2)
-    if caption is None and scored:
-        caption = f"{score:.2f}"
-    if caption is not None:
-        ax.set_xlabel(caption, fontsize=7, labelpad=2)
+def _no_score(score: float | None) -> bool:
+    return score is None or bool(np.isnan(score))
+
+
+def _lines(texts: Sequence[str] | None) -> int:
+    """Lines of the longest text."""
+    return max((text.count("\n") + 1 for text in texts or [] if text), default=0)
+
+
+def _tile(ax: Axes, image: Image.Image, middle: tuple[float, float], side: float, score: float | None) -> None:
+    """The image as large as fits into a square of that side, with a border if it has a score."""
+    (x, y), scale = middle, side / max(image.size)
+    width, height = scale * image.width, scale * image.height
+    x, y = x - width / 2, y - height / 2
+    ax.imshow(image, extent=(x, x + width, y + height, y), aspect="auto")
+    if not _no_score(score):
+        thickness = 3 if score > COPY else 1.2
+        ax.add_patch(Rectangle((x, y), width, height, fill=False, ec=SCORES(float(score)), linewidth=thickness))
 
 
 def interval_bars(

@@ -153,36 +153,62 @@ def test_a_grid_shows_each_image_in_its_place_under_its_label():
     rows = _squares(3, 2)
     rows[0][1] = None
     fig = plots.image_grid(rows, row_labels=["VM", "control"], column_labels=["training image", "seed 0", "seed 1"])
-    axes = np.array(fig.axes).reshape(2, 3)
+    ax = fig.axes[0]
+    shown = {
+        (round(x, 3), round(y, 3)): image.get_array()
+        for image, (x, y) in zip(ax.images, _middles(ax.images), strict=True)
+    }
+    xs, ys = (sorted({place[i] for place in shown}) for i in (0, 1))
+    assert set(shown) == {(xs[0], ys[0]), (xs[2], ys[0]), (xs[0], ys[1]), (xs[1], ys[1])}
+    np.testing.assert_array_equal(shown[xs[1], ys[1]], np.asarray(rows[1][1]))
+    labels = {text.get_text(): text.get_position() for text in ax.texts}
+    assert [labels[label][0] for label in ("training image", "seed 0", "seed 1")] == pytest.approx(xs, abs=1e-3)
+    assert [labels[label][1] for label in ("VM", "control")] == pytest.approx(ys, abs=1e-3)
 
-    shown = [[bool(ax.images) for ax in row] for row in axes]
-    assert shown == [[True, False, True], [True, True, False]]
-    np.testing.assert_array_equal(axes[1, 1].images[0].get_array(), np.asarray(rows[1][1]))
-    assert [ax.get_title() for ax in axes[0]] == ["training image", "seed 0", "seed 1"]
-    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["VM", "control"]
+
+def _middles(images):
+    """Middle (x, y) of each."""
+    extents = np.array([image.get_extent() for image in images])
+    return np.stack([extents[:, :2].mean(axis=1), extents[:, 2:].mean(axis=1)], axis=1)
 
 
 def test_borders_and_captions_tell_the_score_and_copies_stand_out():
-    fig = plots.image_grid(_squares(4), scores=[[None, 0.2, 0.9, float("nan")]])
-    training, different, copy, unscored = fig.axes
+    (ax,) = plots.image_grid(_squares(4), scores=[[None, 0.2, 0.9, float("nan")]]).axes
+    different, copy = ax.patches
 
-    assert [ax.get_xlabel() for ax in fig.axes] == ["", "0.20", "0.90", ""]
-    assert not training.spines["left"].get_visible() and not unscored.spines["left"].get_visible()
-    assert copy.spines["left"].get_linewidth() > different.spines["left"].get_linewidth()
-    assert copy.spines["top"].get_edgecolor() == plots.SCORES(0.9)
+    assert [text.get_text() for text in ax.texts] == ["", "0.20", "0.90", ""]
+    middles = [border.get_x() + border.get_width() / 2 for border in ax.patches]
+    assert middles == pytest.approx(_middles(ax.images)[1:3, 0])
+    assert copy.get_linewidth() > different.get_linewidth()
+    assert copy.get_edgecolor() == plots.SCORES(0.9)
 
 
 def test_captions_replace_scores_under_the_images():
-    fig = plots.image_grid(_squares(2), captions=[["before", "after"]], scores=[[0.9, 0.1]])
-    assert [ax.get_xlabel() for ax in fig.axes] == ["before", "after"]
+    (ax,) = plots.image_grid(_squares(2), captions=[["before", "after"]], scores=[[0.9, 0.1]]).axes
+    assert [text.get_text() for text in ax.texts] == ["before", "after"]
 
 
-def test_a_grid_is_as_wide_as_asked_and_its_tiles_do_not_overlap():
-    fig = plots.image_grid(_squares(5, 5), scores=[[0.9] * 5] * 2, column_labels=list("abcde"), width=plots.COLUMN)
+def test_an_image_keeps_its_shape_and_stands_upright():
+    picture = Image.new("RGB", (20, 10))
+    picture.paste("white", (0, 0, 20, 5))  # its upper half
+    fig = plots.image_grid([[picture]], width=1)
+    fig.canvas.draw()
+    left, right, bottom, top = fig.axes[0].images[0].get_extent()
+    assert right - left == pytest.approx(2 * abs(bottom - top))
+    pixels = np.asarray(fig.canvas.buffer_rgba())[..., 0]
+    middle = pixels.shape[0] // 2
+    assert pixels[middle - 10, pixels.shape[1] // 2] == 255 and pixels[middle + 10, pixels.shape[1] // 2] == 0
+
+
+def test_a_grid_is_as_wide_as_asked_and_nothing_in_it_overlaps():
+    labels = {"row_labels": ["one", "two\nlines"], "column_labels": ["a\nb", *"bcde"]}
+    fig = plots.image_grid(_squares(5, 5), scores=[[0.9] * 5] * 2, width=plots.COLUMN, **labels)
     fig.canvas.draw()
     assert fig.get_size_inches()[0] == plots.COLUMN
-    boxes = [ax.get_tightbbox() for ax in fig.axes]
+    boxes = [artist.get_window_extent() for artist in (*fig.axes[0].images, *fig.axes[0].texts)]
     assert not any(a.shrunk(0.98, 0.98).overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    page = fig.bbox.padded(1)
+    assert all(page.contains(*box.min) and page.contains(*box.max) for box in boxes)
 
 
 @pytest.mark.parametrize(
