@@ -5,11 +5,12 @@
     python -m dori_utils.book 01 03                              # two of them
     python -m dori_utils.book 01 -p MODEL sd14 -p PRESET paper   # other values for the cell tagged `parameters`
 
-The testbed's notebooks run two at a time, each on half of the cores. The U-Net gains nothing from that, but whatever
-has one thread anyway, loading, drawing, looking into the cache, does: most of a run whose results are all there. What a
-notebook needs (a list in its metadata, beside the `minutes` that it takes so) is through before it begins. Of two that
-want the same training one trains (`audit.cached_training`), and what the other has saved before a further batch is not
-computed again (`Store.map`); what both begin at the same moment, both compute.
+The testbed's notebooks run two at a time, each on half of the cores. The U-Net gains little from that (of two cores a
+sixth on a Xeon, nothing on an AMD EPYC), but whatever has one thread anyway, loading, drawing, looking into the cache,
+does: most of a run whose results are all there. What a notebook needs (a list in its metadata, beside the `minutes`
+that it takes so) is through before it begins. Of two that want the same training one trains (`audit.cached_training`),
+and what the other has saved before a further batch is not computed again (`Store.map`); what both begin at the same
+moment, both compute.
 
 A notebook runs as it does in JupyterLab: in a fresh kernel, with notebooks/ as its working directory. Its figures go to
 figures/ (`plots.save_figure`), its executed copy, saved after each cell, to build/notebooks/, which git ignores.
@@ -48,6 +49,7 @@ TRACEBACK_LINES = 12
 # Without tqdm's own guess: cells take between no time and half an hour.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 PRELOADED = [
+    "dori_utils.book",  # which a fork imports once more, as its parent's main module
     *("ipykernel.kernelapp", "matplotlib.pyplot", "pandas", "sklearn.manifold"),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
     *("dori_utils.audit", "dori_utils.locality", "dori_utils.plots", "dori_utils.report", "dori_utils.widgets"),
@@ -283,7 +285,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "notebooks", help="where the notebooks are")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "notebooks", help="where executed copies go")
     kernels = "notebooks at a time; by default two, and one if the parameters name a MODEL, which may be large"
-    parser.add_argument("--kernels", type=int, help=kernels)
+    parser.add_argument("--kernels", type=int, choices=range(1, 65), metavar="N", help=kernels)
     return parser.parse_args(arguments)
 
 
@@ -300,6 +302,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (NotebookError, FileNotFoundError, ValueError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What was computed is in the cache: the same command goes on from there.", file=sys.stderr)
+        return 130
     for name, value in (seconds | {"all": time.perf_counter() - start}).items():
         print(f"{name:<40} {value:8.1f} s")
     return 0

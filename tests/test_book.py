@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -156,6 +157,31 @@ def test_a_kernel_ends_when_the_book_is_killed(folder, tmp_path):
     process.kill()
     process.wait()
     _until(lambda: not Path(f"/proc/{begun.read_text()}").exists())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels are started by a command")
+def test_ctrl_c_stops_both_kernels_and_says_that_it_goes_on_from_the_cache(folder, tmp_path):
+    wait = "import os, time\nopen('{0}', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    for name in ("00", "01"):
+        _write(folder, f"{name}.ipynb", wait.format(name))
+    light = f"import sys; from dori_utils import book; book.PRELOADED = {LIGHT}; sys.exit(book.main())"
+    command = [sys.executable, "-c", light, "--folder", str(folder), "--output", str(tmp_path / "build")]
+    terminal = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=book.ROOT, **terminal)
+    begun = [folder / "00", folder / "01"]
+    _until(lambda: all(file.exists() and file.read_text() for file in begun))
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from there" in printed and "Traceback" not in printed
+    _until(lambda: not any(Path(f"/proc/{file.read_text()}").exists() for file in begun))
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_number_of_kernels_that_makes_no_sense_is_refused(folder, number, capsys):
+    with pytest.raises(SystemExit):
+        _run(folder, kernels=number)
+    assert "--kernels" in capsys.readouterr().err
 
 
 def _until(condition, seconds=120):
