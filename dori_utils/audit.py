@@ -337,21 +337,23 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, incepti
     def embedded(each=None):  # (C, S, D)
         return cached_clip_embeddings(pipe, captions, preset.seeds, preset, store, clip, each)
 
-    without = embedded()
-    plain = np.einsum("csd,cd->c", without, texts) / len(preset.seeds)
-    for name, edit in edits.items():
-        each = edit if isinstance(edit, list | tuple) else [edit]
-        each = None if edit is None else [each[i % len(each)] for i in range(len(captions))]
-        features = without if each is None else embedded(each)
-        ours = np.einsum("csd,cd->c", features, texts) / len(preset.seeds)
-        low, high = bootstrap_interval(ours - plain)
-        row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean(), "low": low, "high": high}
-        row["frechet"] = frechet_distance(features.reshape(-1, features.shape[-1]), real)
-        if inception is not None:
-            row |= _cached_distances(pipe, captions, reference, preset, store, each, inception)
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    table.attrs = provenance(pipe, preset, clip=clip)
+    with hashed_once(pipe):
+        without = embedded()
+        plain = np.einsum("csd,cd->c", without, texts) / len(preset.seeds)
+        for name, edit in edits.items():
+            each = edit if isinstance(edit, list | tuple) else [edit]
+            each = None if edit is None else [each[i % len(each)] for i in range(len(captions))]
+            features = without if each is None else embedded(each)
+            ours = np.einsum("csd,cd->c", features, texts) / len(preset.seeds)
+            low, high = bootstrap_interval(ours - plain)
+            row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean()}
+            row |= {"low": low, "high": high}
+            row["frechet"] = frechet_distance(features.reshape(-1, features.shape[-1]), real)
+            if inception is not None:
+                row |= _cached_distances(pipe, captions, reference, preset, store, each, inception)
+            rows.append(row)
+        table = pd.DataFrame(rows)
+        table.attrs = provenance(pipe, preset, clip=clip)
     return table
 
 
