@@ -185,7 +185,8 @@ def run_notebook(notebook: Path, output: Path, parameters: dict | None = None, p
             kernel_name="python3",
             kernel_manager_class=ThisPython,
             shutdown_kernel="immediate",  # gracefully, it is interrupted first, and reports that as an error
-            cwd=notebook.parent,
+            # Not `cwd`, for which papermill changes this process's own folder, that of the other notebook as well.
+            resources={"metadata": {"path": str(notebook.resolve().parent)}},
             progress_bar=progress,
         )
     except PapermillExecutionError as error:

@@ -64,13 +64,13 @@ def test_notebooks_run_in_order_and_a_table_of_seconds_follows(folder, capsys):
 def test_two_notebooks_run_at_a_time_on_half_of_the_cores_each(folder, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     meet = "import os, time\nopen('{0}', 'w')\nwhile not os.path.exists('{1}'): time.sleep(0.05)"
-    threads = "import os\nprint(os.environ['OMP_NUM_THREADS'])"
+    threads = "import os\nprint(os.environ['OMP_NUM_THREADS'], os.getcwd())"
     _write(folder, "00.ipynb", meet.format("a", "b"), threads)
     _write(folder, "01.ipynb", meet.format("b", "a"), threads)
     assert _run(folder, kernels=2) == 0
     for name in ("00.ipynb", "01.ipynb"):
         cells = nbformat.read(folder.parent / "build" / name, as_version=4).cells
-        assert cells[-1].outputs[0].text == f"{max(1, os.cpu_count() // 2)}\n"
+        assert cells[-1].outputs[0].text == f"{max(1, os.cpu_count() // 2)} {folder}\n"
 
 
 @pytest.mark.slow
