@@ -165,7 +165,8 @@ def test_ctrl_c_stops_both_kernels_and_says_that_it_goes_on_from_the_cache(folde
     wait = "import os, time\nopen('{0}', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     for name in ("00", "01"):
         _write(folder, f"{name}.ipynb", wait.format(name))
-    light = f"import sys; from dori_utils import book; book.PRELOADED = {LIGHT}; sys.exit(book.main())"
+    heeds = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not so under `nohup ... &`
+    light = f"{heeds}; from dori_utils import book; book.PRELOADED = {LIGHT}; sys.exit(book.main())"
     command = [sys.executable, "-c", light, "--folder", str(folder), "--output", str(tmp_path / "build")]
     terminal = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=book.ROOT, **terminal)
