@@ -345,9 +345,9 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, incepti
             each = None if edit is None else [each[i % len(each)] for i in range(len(captions))]
             features = without if each is None else embedded(each)
             ours = np.einsum("csd,cd->c", features, texts) / len(preset.seeds)
-            low, high = bootstrap_interval(ours - plain)
-            row = {"mitigation": name, "alignment": ours.mean(), "change": (ours - plain).mean()}
-            row |= {"low": low, "high": high}
+            change = ours - plain
+            low, high = bootstrap_interval(change)
+            row = {"mitigation": name, "alignment": ours.mean(), "change": change.mean(), "low": low, "high": high}
             row["frechet"] = frechet_distance(features.reshape(-1, features.shape[-1]), real)
             if inception is not None:
                 row |= _cached_distances(pipe, captions, reference, preset, store, each, inception)

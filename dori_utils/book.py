@@ -278,6 +278,12 @@ def _value(text: str):
         return text
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of notebooks: give 1 or more")
+    return int(text)
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dori_utils.book", description="Runs the notebooks in order.")
     parser.add_argument("notebooks", nargs="*", help="beginnings of their names, such as 01; by default all of them")
@@ -286,7 +292,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "notebooks", help="where the notebooks are")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "notebooks", help="where executed copies go")
     kernels = "notebooks at a time; by default two, and one if the parameters name a MODEL, which may be large"
-    parser.add_argument("--kernels", type=int, choices=range(1, 65), metavar="N", help=kernels)
+    parser.add_argument("--kernels", type=_count, help=kernels)
     return parser.parse_args(arguments)
 
 

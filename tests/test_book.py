@@ -150,9 +150,7 @@ def test_a_kernel_ends_when_the_book_is_killed(folder, tmp_path):
     begun = tmp_path / "begun"
     wait = f"import os, time\nopen({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     _write(folder, "00.ipynb", wait)
-    light = f"from dori_utils import book; book.PRELOADED = {LIGHT}; book.main()"
-    command = [sys.executable, "-c", light, "--folder", str(folder), "--output", str(tmp_path / "build")]
-    process = subprocess.Popen(command, cwd=book.ROOT, stderr=subprocess.DEVNULL)
+    process = _book_in_a_process(folder, tmp_path / "build", stderr=subprocess.DEVNULL)
     _until(lambda: begun.exists() and begun.read_text())
     process.kill()
     process.wait()
@@ -165,11 +163,8 @@ def test_ctrl_c_stops_both_kernels_and_says_that_it_goes_on_from_the_cache(folde
     wait = "import os, time\nopen('{0}', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     for name in ("00", "01"):
         _write(folder, f"{name}.ipynb", wait.format(name))
-    heeds = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not so under `nohup ... &`
-    light = f"{heeds}; from dori_utils import book; book.PRELOADED = {LIGHT}; sys.exit(book.main())"
-    command = [sys.executable, "-c", light, "--folder", str(folder), "--output", str(tmp_path / "build")]
     terminal = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=book.ROOT, **terminal)
+    process = _book_in_a_process(folder, tmp_path / "build", **terminal)
     begun = [folder / "00", folder / "01"]
     _until(lambda: all(file.exists() and file.read_text() for file in begun))
     os.killpg(process.pid, signal.SIGINT)
@@ -183,6 +178,13 @@ def test_a_number_of_kernels_that_makes_no_sense_is_refused(folder, number, caps
     with pytest.raises(SystemExit):
         _run(folder, kernels=number)
     assert "--kernels" in capsys.readouterr().err
+
+
+def _book_in_a_process(folder, output, **options):
+    heeds = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not so under `nohup ... &`
+    light = f"{heeds}; from dori_utils import book; book.PRELOADED = {LIGHT}; sys.exit(book.main())"
+    command = [sys.executable, "-c", light, "--folder", str(folder), "--output", str(output)]
+    return subprocess.Popen(command, cwd=book.ROOT, **options)
 
 
 def _until(condition, seconds=120):
