@@ -288,7 +288,8 @@ def inception_distances(images, reference, weights=None, *, batch_size=32, devic
 def bootstrap_interval(values, statistic=np.mean, level=0.95, resamples=2000, seed=0):
     """Percentile bootstrap interval of a statistic over targets; the same numbers give the same interval.
 
-    For shares use `share_interval`: where all targets agree, the bootstrap's interval has no width.
+    For shares use `share_interval`: where all targets agree, the bootstrap's interval has no width. For few targets it
+    is too narrow: of means of normal numbers a 95% interval held 88% at N = 8 and 92% at N = 16 (4,000 draws each).
 
     Args:
         values: (N,), one number a target (average over seeds first: seeds of one target are not independent).

@@ -1,4 +1,4 @@
-"""README's tables, filled from figures/*.csv: `python -m dori_utils.readme`, after `make figures`.
+"""README's tables and first picture, filled from figures/*.csv: `python -m dori_utils.readme`, after `make figures`.
 
 The CSV of `estimate` is written by `python -m dori_utils.estimate`.
 
@@ -11,9 +11,22 @@ from pathlib import Path
 import pandas as pd
 
 from .estimate import as_markdown
+from .metrics import THRESHOLD as COPY
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PRUNED = ("NeMo", "Wanda")
+
+
+def idea() -> str:
+    """The first picture, and its scores as text: whether the image is back is for the numbers to say."""
+    table = _read("03_idea")
+    first = table[table["seed"] == table["seed"].min()].set_index(["mitigation", "attack"])["sscd"]
+    said = {key: f"{score:.2f} (a copy)" if score > COPY else f"{score:.2f}" for key, score in first.items()}
+    scores = [f"its prompt {said['original', 'none']}"]
+    scores += [f"pruned with {n}, its prompt {said[n, 'none']} and a trigger {said[n, 'DoRI']}" for n in PRUNED]
+    alt = "A training image, and what its prompt and a trigger give before and after pruning"
+    return f"![{alt}](figures/03_idea.png)\n\nSSCD to the training image, above {COPY} a copy: {'; '.join(scores)}."
 
 
 def kinds() -> str:
@@ -33,7 +46,7 @@ def ladder() -> str:
 def pruning() -> str:
     table = _read("02_methods").replace("original", "none")
     columns = {"mitigation": table["mitigation"]}
-    for name in ("SSCD_Orig", "MR", "D_SSCD", "A_CLIP"):
+    for name in ("SSCD_Orig", "MR", "any seed", "D_SSCD", "A_CLIP"):
         columns[name] = _interval(table[name], table[f"{name} low"], table[f"{name} high"])
     return _markdown(columns)
 
@@ -42,6 +55,8 @@ def dori() -> str:
     table = _read("03_main_table")
     spread = [f"{sscd:.2f} ± {std:.2f}" for sscd, std in zip(table["sscd"], table["std"], strict=True)]
     columns = {"setting": table["setting"], "SSCD_Orig": spread, "MR": _rate(table)}
+    columns["any seed"] = _two(table["any_seed"])
+    columns["p against control"] = ["" if pd.isna(p) else f"{p:.1g}" for p in table["holm_p"]]
     return _markdown(columns | {"paper, SD v1.4: SSCD_Orig, MR": _both(table["paper_sscd"], table["paper_mr"])})
 
 
@@ -60,7 +75,7 @@ def estimate() -> str:
     return as_markdown(_read("estimate"))
 
 
-SECTIONS = {function.__name__: function for function in (kinds, ladder, pruning, dori, mitigations, estimate)}
+SECTIONS = {function.__name__: function for function in (idea, kinds, ladder, pruning, dori, mitigations, estimate)}
 
 
 def filled(text: str) -> str:

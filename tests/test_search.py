@@ -38,3 +38,5 @@ def test_a_copy_is_found_and_attributed_and_a_new_scene_is_no_copy(tmp_path):
     found = search.nearest_training_images(queries, SMALL, Store(tmp_path), load_sscd(), "testbed", shortlist=10)
     assert list(found["target"][:2]) == [target.id, "ordinary"] and found["draw"][1] == ordinary
     assert (found["sscd"][:2] > 0.99).all() and found["sscd"][2] < 0.7
+    turned = search.nearest_training_images(queries[::-1], SMALL, Store(tmp_path), load_sscd(), "testbed", shortlist=10)
+    assert turned[::-1].reset_index(drop=True).equals(found)  # what is kept is of these images, in this order

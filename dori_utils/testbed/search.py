@@ -14,7 +14,7 @@ import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 
-from ..similarity import nearest
+from ..similarity import TRANSFORMS, nearest
 from .data import NEAR_SHARES, TrainingSet, planned
 
 THUMBNAIL = 8  # px
@@ -38,8 +38,7 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> np.ndarray:
     """(M, 8, 8, 3) uint8, from the store or drawn, which takes minutes the first time."""
     chunks = [draws[i : i + CHUNK] for i in range(0, len(draws), CHUNK)]
-    key = {"what": "training thumbnails", "parts": training_set.parts, "seed": training_set.seed, "side": THUMBNAIL}
-    key["near"] = list(NEAR_SHARES.items())
+    key = {"what": "training thumbnails", **_about(training_set)}
 
     def compute(cases: list[dict]) -> list[dict]:
         jobs = (delayed(_scene_thumbnails)(training_set, chunks[case["chunk"]]) for case in cases)
@@ -51,6 +50,19 @@ def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> 
     return np.concatenate([case["thumbnails"] for case in stored])
 
 
+def _about(training_set: TrainingSet) -> dict:
+    """What a search in it depends on, beside the queries."""
+    near = list(NEAR_SHARES.items())
+    return {"parts": training_set.parts, "seed": training_set.seed, "side": THUMBNAIL, "near": near}
+
+
+def _pixels(images: list[Image.Image]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    return digest.hexdigest()[:32]
+
+
 def _scene_thumbnails(training_set: TrainingSet, draws: np.ndarray) -> np.ndarray:
     return np.stack([thumbnail(Image.fromarray(training_set.scene(draw).draw())) for draw in draws])
 
@@ -58,11 +70,26 @@ def _scene_thumbnails(training_set: TrainingSet, draws: np.ndarray) -> np.ndarra
 def nearest_training_images(
     images: list[Image.Image], training_set: TrainingSet, store, sscd, transform, shortlist: int = 20
 ) -> pd.DataFrame:
-    """The training image most similar to each of N images.
+    """The training image most similar to each of N images, from the store or searched for.
 
     Returns:
         A row for each image: draw (its number in the training set), target (id, or "ordinary"), kind, sscd.
     """
+    config = {"what": "nearest training images", "images": _pixels(images), **_about(training_set)}
+    config |= {"sscd": sscd.name, "transform": repr(TRANSFORMS[transform]), "shortlist": shortlist}
+
+    def search() -> dict:
+        best, scores = _searched(images, training_set, store, sscd, transform, shortlist)
+        return {"draw": best, "sscd": scores}
+
+    found = store.fetch(config, search)
+    who = [planned()[i] if i >= 0 else None for i in training_set.plan_index[found["draw"]]]
+    names = {"target": [p.id if p else "ordinary" for p in who], "kind": [p.kind if p else "ordinary" for p in who]}
+    return pd.DataFrame({"draw": found["draw"], **names, "sscd": found["sscd"]})
+
+
+def _searched(images, training_set, store, sscd, transform, shortlist) -> tuple[np.ndarray, np.ndarray]:
+    """Of each image the draw nearest to it (N,), and its SSCD (N,)."""
     draws = distinct_draws(training_set)
     candidates = shortlisted(images, training_thumbnails(training_set, draws, store), shortlist)  # (N, shortlist)
     once, places = np.unique(candidates, return_inverse=True)  # copies of one image have the same candidates
@@ -71,16 +98,7 @@ def nearest_training_images(
     scores = np.einsum("nd,nsd->ns", sscd.embed(images, transform), theirs)
     best = scores.argmax(axis=1)
     rows = np.arange(len(images))
-    nearest_draws = draws[candidates[rows, best]]
-    who = [planned()[i] if i >= 0 else None for i in training_set.plan_index[nearest_draws]]
-    return pd.DataFrame(
-        {
-            "draw": nearest_draws,
-            "target": [p.id if p else "ordinary" for p in who],
-            "kind": [p.kind if p else "ordinary" for p in who],
-            "sscd": scores[rows, best],
-        }
-    )
+    return draws[candidates[rows, best]], scores[rows, best]
 
 
 def shortlisted(images: list[Image.Image], thumbnails: np.ndarray, count: int) -> np.ndarray:
@@ -100,9 +118,8 @@ def shortlist_recall(images: list[Image.Image], training_set: TrainingSet, store
     sample = np.sort(np.random.default_rng(0).choice(len(draws), min(2000, len(draws) // 4), replace=False))
     repeated = np.flatnonzero(training_set.plan_index[draws] >= 0)
     sample = np.union1d(sample, repeated[:: max(1, len(repeated) // 500)])
-    pixels = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:32]
-    config = {"what": "exhaustive search", "images": pixels, "n": len(sample), "parts": training_set.parts}
-    config |= {"sscd": sscd.name, "transform": transform}
+    config = {"what": "exhaustive search", "images": _pixels(images), "n": len(sample), **_about(training_set)}
+    config |= {"sscd": sscd.name, "transform": repr(TRANSFORMS[transform])}
 
     def exhaustive() -> dict:
         scenes = [Image.fromarray(training_set.scene(draw).draw()) for draw in draws[sample]]
