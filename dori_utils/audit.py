@@ -26,6 +26,7 @@ from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash, current_hash, hashed_once
 from .generation import generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
+from .pictures import to_rgb
 from .similarity import SSCD, TRANSFORMS, load_sscd
 from .store import canonical_json
 
@@ -534,7 +535,7 @@ def _data_hash(value) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Image.Image):
-        return _hash(torch.from_numpy(np.array(value.convert("RGB"))))
+        return _hash(torch.from_numpy(np.array(to_rgb(value))))
     if isinstance(value, list | tuple):
         return hashlib.sha256(repr([_data_hash(item) for item in value]).encode()).hexdigest()[:32]
     return _data_hash([str(len(value)), *value[0], *value[len(value) - 1]])

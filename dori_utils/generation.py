@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .edits import applied_by_row, known_base
+from .pictures import to_rgb
 
 # CPU: 32 testbed images (16 x 16 latents), or two of Stable Diffusion (64 x 64).
 LATENT_PIXELS_PER_CPU_BATCH = 8192
@@ -170,7 +171,7 @@ def decode(pipe, latents):
 def preprocess(pipe, image):
     """A PIL image as the VAE takes it: (1, 3, H, W) in [-1, 1], resized to the model's size."""
     height, width = [side * pipe.vae_scale_factor for side in latent_size(pipe)]
-    return pipe.image_processor.preprocess(image.convert("RGB"), height, width)
+    return pipe.image_processor.preprocess(to_rgb(image), height, width)
 
 
 @torch.no_grad()

@@ -29,9 +29,10 @@ from . import nemo
 from .audit import cached_statistics
 from .metrics import INCEPTION, load_clip
 from .models import MODELS, TESTBED
+from .pictures import open_picture
 from .similarity import nearest
 from .store import data_folder
-from .targets import PROMPT_LISTS, load_targets, read_pairs, read_targets
+from .targets import PROMPT_LISTS, first_empty_row, load_targets, read_pairs, read_table, read_targets
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Pair:
     def image(self) -> Image.Image:
         if hasattr(self.source, "draw"):
             return Image.fromarray(self.source.draw())
-        return Image.open(self.source).convert("RGB")
+        return open_picture(self.source)
 
 
 class Pairs(Sequence):
@@ -209,7 +210,11 @@ class FolderMaterials:
         table = self.folder / "paraphrases.csv"
         if not table.is_file():
             raise FileNotFoundError(f"No {table}: write it (CSV: prompt,paraphrase), three or more of each prompt.")
-        found = pd.read_csv(table, dtype=str)
+        found = read_table(table)
+        if missing := {"prompt", "paraphrase"} - set(found):
+            raise ValueError(f"{table} has no column {' and no '.join(sorted(missing))}; it has {', '.join(found)}.")
+        if row := first_empty_row(found, ["prompt", "paraphrase"]):
+            raise ValueError(f"{table} has no prompt or no paraphrase in row {row}.")
         own = found.loc[found["prompt"] == prompt, "paraphrase"].tolist()
         if not own:
             raise ValueError(f"{table} has no paraphrase of {prompt!r}.")

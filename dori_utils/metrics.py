@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from .similarity import to_rgb
+from .pictures import open_picture, to_rgb
 from .store import data_folder
 
 THRESHOLD = 0.7  # SSCD above which a generation is a copy: Wen et al. (2024), NeMo, DoRI
@@ -370,7 +370,7 @@ def _inception_features(network, images, size, batch_size, progress):
 
 
 def _open(image):
-    return to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
+    return to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
 
 
 def _inception(path, device):

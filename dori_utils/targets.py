@@ -19,7 +19,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,13 +27,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dori_utils.models import TESTBED
+from dori_utils.pictures import open_picture, suffixes, to_rgb
 
 NEMO_URL = (
     "https://raw.githubusercontent.com/ml-research/localizing_memorization_in_diffusion_models/"
     "c8de0c620ec511cdb9e937905d1503cd9758910b/prompts"
 )
-TEXTS = {"id": str, "prompt": str, "image": str}  # columns of a table of targets that are never numbers
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MIN_SIDE = 16  # pixels; hosts answer for a lost image with a 1 x 1 one
 MAX_BYTES = 64 * 2**20  # of one file; nobody's answer may fill the memory
 
@@ -65,13 +63,20 @@ PROMPT_LISTS = {
 
 @dataclass(frozen=True)
 class Target:
-    """An image to look for: `prompt` may trigger it, `duplicates` is how often training saw it (None: unknown)."""
+    """An image to look for: `prompt` may trigger it, `duplicates` is how often training saw it (None: unknown).
+
+    The image is what one sees of the one that is given, see `pictures.to_rgb`.
+    """
 
     id: str
     prompt: str
     image: Image.Image | None = field(repr=False, compare=False)
     kind: str
     duplicates: int | None = None
+
+    def __post_init__(self):
+        if self.image is not None:
+            object.__setattr__(self, "image", to_rgb(self.image))
 
 
 def load_targets(name="testbed", *, kind=None, folder=None):
@@ -106,29 +111,32 @@ def load_targets(name="testbed", *, kind=None, folder=None):
 def read_targets(path):
     """Targets of one's own: a CSV with the columns prompt and image, a file beside the table; or a folder of pictures.
 
-    Optional columns: id (default: the image's file name), kind (default "target"), duplicates. A folder has captions in
-    its metadata.csv or metadata.jsonl (file_name and text, as Hugging Face's imagefolder), or beside each picture in a
-    .txt of the same name.
+    Optional columns: id (default: the image's file name), kind (default "target"), duplicates. A folder (without those
+    in it) has captions in its metadata.csv or metadata.jsonl (file_name and text, as Hugging Face's imagefolder), or
+    beside each picture in a .txt of the same name; other files may lie there too.
 
     Returns:
         A list of `Target`, images RGB.
 
     Raises:
-        ValueError: a column or a value is missing, or two targets have one id.
-        OSError: a table or image that is not there or cannot be read.
+        ValueError: a column or a value is missing, there are no rows, or two targets have one id.
+        OSError: a table or image that is not there or cannot be read, or a picture in the folder without a caption.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     try:
-        table = _folder_table(path) if path.is_dir() else pd.read_csv(path, dtype=TEXTS)
+        table = _folder_table(path) if path.is_dir() else read_table(path)
+        if "duplicates" in table:
+            table["duplicates"] = pd.to_numeric(table["duplicates"])
     except (ValueError, OSError) as error:
         advice = "Give a CSV (prompt,image), or a folder of pictures with captions."
         raise OSError(f"Cannot read the targets in {path} ({error}). {advice}") from error
     if missing := {"prompt", "image"} - set(table):
         raise ValueError(f"{path} has no column {' and no '.join(sorted(missing))}; it has {', '.join(table)}.")
-    empty = table[["prompt", "image"]].isna().any(axis=1)
-    if empty.any():
-        raise ValueError(f"{path} has no prompt or no image in row {empty.argmax() + 1}.")
+    if table.empty:
+        raise ValueError(f"{path} has no rows.")
+    if row := first_empty_row(table, ["prompt", "image"]):
+        raise ValueError(f"{path} has no prompt or no image in row {row}.")
     stems = table["image"].map(lambda name: Path(name).stem)
     ids = table["id"].fillna(stems) if "id" in table else stems
     if ids.duplicated().any():
@@ -141,19 +149,76 @@ def read_targets(path):
 def _folder_table(folder):
     """Columns prompt and image, and whatever else its metadata has."""
     names = {"file_name": "image", "text": "prompt", "caption": "prompt"}
-    for name, read in (("metadata.csv", pd.read_csv), ("metadata.jsonl", partial(pd.read_json, lines=True))):
+    kinds, files = suffixes(), sorted(file for file in folder.glob("[!.]*") if file.is_file())
+    pictures = [file for file in files if file.suffix.lower() in kinds]
+    for name, read in (("metadata.csv", read_table), ("metadata.jsonl", _read_json_lines)):
         if (folder / name).is_file():
-            table = read(folder / name, dtype=TEXTS | {"file_name": str, "text": str})
+            table = read(folder / name)
             if "text" in table:
                 table = table.drop(columns=["caption", "prompt"], errors="ignore")  # else the renamed would be two
-            return table.rename(columns=names)
-    pictures = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in PICTURES)
+            table = table.rename(columns=names)
+            listed = {Path(image) for image in table.get("image", pd.Series(dtype=str)).dropna()}
+            if silent := [file.name for file in pictures if Path(file.name) not in listed]:
+                raise ValueError(f"no caption of {silent[0]}: {name} does not name it")
+            return table
+    captions, pictured = {file.stem for file in files if file.suffix == ".txt"}, {file.stem for file in pictures}
+    for file in files:
+        if file.suffix != ".txt" and file.stem in captions - pictured:
+            raise ValueError(f"{file.name} has a caption and is no kind of picture that is known: convert it to PNG")
     if not pictures:
         raise ValueError("no pictures in it")
-    if silent := [file.name for file in pictures if not file.with_suffix(".txt").is_file()]:
+    if silent := [file.name for file in pictures if file.stem not in captions]:
         raise ValueError(f"no caption of {silent[0]}: neither metadata.csv nor {Path(silent[0]).stem}.txt")
     prompts = [file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() or None for file in pictures]
     return pd.DataFrame({"prompt": prompts, "image": [file.name for file in pictures]})
+
+
+def _read_json_lines(path):
+    with path.open(encoding="utf-8-sig") as file:
+        table = pd.DataFrame([json.loads(line) for line in file if line.strip()])
+    texts = [name for name in ("id", "file_name", "image", "text", "caption", "prompt") if name in table]
+    for name in texts:
+        if table[name].map(lambda value: isinstance(value, list | dict)).any():
+            raise ValueError(f"{name} in {path.name} must be one text, or one number, in each line")
+    return table.assign(**{name: table[name].map(str, na_action="ignore") for name in texts})
+
+
+def read_table(path):
+    """A CSV as a DataFrame of texts: only an empty cell is missing, and NA, null and 1.0 are words like others.
+
+    Not with pandas, which takes the surplus fields of a text with commas for an index, or drops them: half of a prompt
+    would pass for the prompt.
+
+    Raises:
+        ValueError: a row has more or fewer fields than the header, it is no CSV, or no UTF-8.
+        OSError: it is not there or cannot be read.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            rows = [row for row in lines if len(row) > 1 or "".join(row).strip()]
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num} of {path}: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    header = rows.pop(0)
+    named = [number for number, name in enumerate(header) if name]
+    if len(named) != len({header[number] for number in named}):
+        raise ValueError(f"{path} has a column twice: {', '.join(header)}")
+    for number, row in enumerate(rows, start=1):
+        # Only the first column may go without a name: pandas writes an index so. Elsewhere it is half of a text.
+        if len(row) != len(header) or any(cell for name, cell in zip(header[1:], row[1:], strict=True) if not name):
+            raise ValueError(
+                f"row {number} of {path} has {len(row)} fields ({' | '.join(row)[:200]}) and the header has "
+                f'{len(named)} ({", ".join(header)}). Put a text with commas in double quotes: "a cat, red"'
+            )
+    return pd.DataFrame([[row[number] or None for number in named] for row in rows], columns=[header[i] for i in named])
+
+
+def first_empty_row(table, columns):
+    """The number, from 1, of the first row without a word in one of the columns; None if there is none."""
+    empty = table[columns].apply(lambda column: column.isna() | (column.str.strip() == "")).any(axis=1)
+    return int(empty.argmax()) + 1 if empty.any() else None
 
 
 def read_pairs(path):
@@ -186,12 +251,12 @@ def read_pairs(path):
 
 
 def _table_pairs(path):
-    table = pd.read_csv(path, dtype=str)
+    table = read_table(path)
     captions = next((name for name in ("caption", "prompt") if name in table), None)
     if captions is None or "image" not in table:
         raise ValueError(f"its columns are {', '.join(table)}")
-    if (empty := table[[captions, "image"]].isna().any(axis=1)).any():
-        raise ValueError(f"no caption or no image in row {empty.argmax() + 1}")
+    if row := first_empty_row(table, [captions, "image"]):
+        raise ValueError(f"no caption or no image in row {row}")
     return [(path.parent / image, caption) for image, caption in zip(table["image"], table[captions], strict=True)]
 
 
@@ -199,7 +264,8 @@ def _coco_pairs(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     captions = {}
     for annotation in content["annotations"]:
-        captions.setdefault(annotation["image_id"], annotation["caption"].strip())
+        if caption := annotation["caption"].strip():
+            captions.setdefault(annotation["image_id"], caption)
     files = {image["id"]: image["file_name"] for image in content["images"]}
     name = path.stem.rpartition("_")[2]
     beside, above = path.parent / name, path.parent.parent / name  # the published archive has it in annotations/
@@ -315,13 +381,8 @@ def _read_list(prompt_list, folder, name):
 def _to_target(row):
     """A table row with the image as PNG bytes ("image") or as a file ("file")."""
     source = io.BytesIO(row["image"]) if row.get("image") else row.get("file")
-    try:
-        image = Image.open(source).convert("RGB") if source else None
-    except Exception as error:
-        where = row.get("file") or "targets.parquet"
-        raise OSError(
-            f"Damaged image of target {row['id']} in {where} ({error}). Delete it and get it anew."
-        ) from error
+    where = row.get("file") or "targets.parquet"
+    image = open_picture(source, f"of target {row['id']} in {where}") if source else None
     duplicates = row.get("duplicates")
     duplicates = None if pd.isna(duplicates) else int(duplicates)
     return Target(row["id"], row["prompt"], image, row["kind"], duplicates)
@@ -397,9 +458,9 @@ def _image_format(data):
     """The format ("jpeg", "png", ...) of an image that really decodes."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
+            to_rgb(image)
     except Exception as error:  # Pillow raises OSError, SyntaxError, EOFError, ... by format
-        raise ValueError(f"not an image: {error or type(error).__name__}") from error
+        raise ValueError(f"not an image: {str(error) or type(error).__name__}") from error
     if min(image.size) < MIN_SIDE:
         raise ValueError(f"only {image.width} x {image.height} pixels")
     return image.format.lower()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from dori_utils import similarity
-from dori_utils.similarity import SSCD, TRANSFORMS, SSCDTransform, load_sscd, nearest, sscd_scores, to_rgb
+from dori_utils.similarity import SSCD, TRANSFORMS, SSCDTransform, load_sscd, nearest, sscd_scores
 from dori_utils.testbed.scenes import sample_scene
 
 TINY = SSCDTransform(size=64)
@@ -78,12 +78,12 @@ def test_the_blur_comes_before_the_resize():
 
 
 def test_other_modes_become_rgb_and_transparency_becomes_white():
-    grey = to_rgb(Image.new("L", (2, 2), 100))
-    assert grey.mode == "RGB" and grey.getpixel((0, 0)) == (100, 100, 100)
-    assert to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(ValueError, match="I;16"):
-        to_rgb(Image.new("I;16", (2, 2)))
+    assert (TINY(Image.new("L", (2, 2), 100)) == 100).all()
+    assert (TINY(Image.new("I;16", (2, 2), 100 * 257)) == 100).all()
+    assert (TINY(Image.new("RGBA", (2, 2), (255, 0, 0, 0))) == 255).all()
+    assert (TINY(Image.new("RGBA", (2, 2), (255, 0, 0, 255))) == [255, 0, 0]).all()
+    with pytest.raises(ValueError, match="Mode 'F'"):
+        TINY(Image.new("F", (2, 2)))
 
 
 def test_an_unknown_transform_is_answered_with_the_known_ones(sscd):

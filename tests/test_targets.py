@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 
 from dori_utils import targets
-from dori_utils.targets import PromptList, download_targets, load_targets, read_targets
+from dori_utils.materials import FolderMaterials
+from dori_utils.targets import PromptList, download_targets, load_targets, read_pairs, read_targets
 
 NEMO = Path(__file__).parents[2] / "shared" / "data" / "nemo"
 FAST = dict(backoff=0.01, timeout=2.0, progress=False)
@@ -324,7 +327,7 @@ def test_a_damaged_list_or_image_on_disk_is_named(web, publish, tmp_path):
     download_targets("tiny", tmp_path, base_url=publish("/a.png"), **FAST)
     image = tmp_path / "images" / "tiny-vm-100.png"
     image.write_bytes(image.read_bytes()[:40])
-    with pytest.raises(OSError, match="Damaged image of target tiny-vm-100 in .*tiny-vm-100.png"):
+    with pytest.raises(OSError, match="Cannot read the picture of target tiny-vm-100 in .*tiny-vm-100.png .damaged"):
         load_targets("tiny", folder=tmp_path)
     (tmp_path / "memorized.csv").write_text("half a li")
     with pytest.raises(OSError, match="memorized.csv is not the published list.*Delete it"):
@@ -390,6 +393,168 @@ def test_a_folder_without_pictures_or_captions_says_so(tmp_path):
         read_targets(tmp_path)
 
 
+# Tables: a text is the whole text, or there is an error that names the row
+
+
+def write(path, table, **names):
+    """A table, whose columns get other names, and the pictures that it names."""
+    mark, header, rest = re.fullmatch("(\ufeff?)(.*?)(\r?\n.*)?", table, re.DOTALL).groups("")
+    header = ",".join(names.get(column, column) for column in header.split(","))
+    path.parent.mkdir(exist_ok=True)
+    for picture in re.findall(r"\w\.png", table):
+        Image.new("RGB", (20, 20)).save(path.parent / picture)
+    path.write_text(mark + header + rest, encoding="utf-8", newline="")
+    return path
+
+
+def of_targets(table, folder):
+    return [target.prompt for target in read_targets(write(folder / "own.csv", table))]
+
+
+def of_metadata(table, folder):
+    write(folder / "metadata.csv", table, image="file_name", prompt="text")
+    return [target.prompt for target in read_targets(folder)]
+
+
+def of_pairs(table, folder):
+    return [caption for _, caption in read_pairs(write(folder / "pairs.csv", table, prompt="caption"))]
+
+
+def of_paraphrases(table, folder):
+    """The pictures' names stand in for prompts, and the prompts are their paraphrases."""
+    path = write(folder / "mine" / "paraphrases.csv", table, image="prompt", prompt="paraphrase")
+    materials = FolderMaterials("mine")
+    materials.folder = path.parent
+    pictures = dict.fromkeys(re.findall(r"\w\.png", table)) or ["a.png"]
+    return [paraphrase for picture in pictures for paraphrase in materials.paraphrases(picture)]
+
+
+READERS = pytest.mark.parametrize("read", [of_targets, of_metadata, of_pairs, of_paraphrases])
+
+
+@READERS
+@pytest.mark.parametrize("columns", ["prompt,image", "id,prompt,image", "image,prompt", "id,image,prompt,kind,,"])
+@pytest.mark.parametrize("bad", [[0], [0, 1, 2], [1], [2]], ids=str)
+def test_half_of_a_text_with_commas_is_never_taken_for_it(read, columns, bad, tmp_path):
+    """Whether the surplus field is in one row or in all, and wherever pandas would look for an index."""
+    for halves in (1, 2):
+        for count in (max(bad) + 1, 3):
+            texts = [f"cat {number}" + ", red" * halves * (number in bad) for number in range(count)]
+            rows = [{"id": f"{n}", "prompt": text, "image": f"{'abc'[n]}.png"} for n, text in enumerate(texts)]
+            lines = [",".join(row.get(column, "") for column in columns.split(",")) for row in rows]
+            with pytest.raises((ValueError, OSError), match=f"row {bad[0] + 1} of .* fields .*red.*in double quotes"):
+                read("\n".join([columns, *lines]), tmp_path)
+
+
+@READERS
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [
+        ("prompt,image\na cat,a.png\na dog", 2),
+        ("id,prompt,image\n1,a cat,a.png\n2,b.png", 2),
+        ("id,prompt,image\na cat,a.png", 1),
+        ("image,prompt,source\na.png,a cat", 1),
+        ("image,prompt,\na.png,a cat, red", 1),
+    ],
+)
+def test_a_row_with_too_few_fields_or_some_under_no_name_is_named(read, table, row, tmp_path):
+    with pytest.raises((ValueError, OSError), match=f"row {row} of .* fields"):
+        read(table, tmp_path)
+
+
+@READERS
+@pytest.mark.parametrize("empty", ["", " ", '""', '" \n "', "\t", "\u3000"])
+def test_a_text_without_a_word_is_missing(read, empty, tmp_path):
+    with pytest.raises(ValueError, match="no .* in row 2"):
+        read(f"image,prompt\na.png,a cat\nb.png,{empty}\nc.png,a dog", tmp_path)
+
+
+@READERS
+@pytest.mark.parametrize(
+    "text",
+    ["NA", "N/A", "nan", "null", "None", "-inf", "1.0", "007", "1e5", "True", "2024-01-01", "-", "#1 dad", "a cat "],
+)
+def test_every_word_is_a_text(read, text, tmp_path):
+    assert read(f"image,prompt\na.png,{text}\nb.png,a dog", tmp_path) == [text, "a dog"]
+
+
+@READERS
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("index", [False, True])
+def test_what_is_quoted_is_whole(read, end, mark, index, tmp_path):
+    texts = ["a cat, red", 'a "big" cat', "two\nlines", 'a 5" nail', "a dog", "a dog"]
+    table = pd.DataFrame({"image": [f"{name}.png" for name in "abcdef"], "prompt": texts})
+    table = table.to_csv(index=index, lineterminator=end)
+    assert read(f"{mark}{table}{end}  {end}", tmp_path) == texts
+
+
+@READERS
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ('prompt,image\n"a cat,a.png\nb,b.png', "line"),
+        ('prompt,image\n"a cat" and more,a.png', "line 2"),
+        ("", "is empty|no column|its columns"),
+    ],
+)
+def test_a_table_that_is_no_csv_says_where(read, table, says, tmp_path):
+    with pytest.raises((ValueError, OSError), match=says):
+        read(table, tmp_path)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    with pytest.raises(OSError, match="a column twice: prompt, image, prompt"):
+        of_targets("prompt,image,prompt\na cat,a.png,a dog", tmp_path)
+
+
+def test_a_table_in_another_encoding_says_so(tmp_path):
+    (tmp_path / "own.csv").write_bytes("prompt,image\nein Männchen,a.png".encode("cp1252"))
+    with pytest.raises(OSError, match="utf-8"):
+        read_targets(tmp_path / "own.csv")
+
+
+def test_numbers_of_duplicates_are_numbers_and_a_word_is_an_error(tmp_path):
+    write(tmp_path / "own.csv", "prompt,image,duplicates\na cat,a.png,25\na dog,b.png,\ngrapes,c.png,3.0")
+    assert [target.duplicates for target in read_targets(tmp_path / "own.csv")] == [25, None, 3]
+    write(tmp_path / "own.csv", "prompt,image,duplicates\na cat,a.png,many")
+    with pytest.raises(OSError, match="many"):
+        read_targets(tmp_path / "own.csv")
+
+
+def test_captions_in_json_lines_are_texts_too(tmp_path):
+    captions = ["NA", None, "null", 1.0, " "]
+    for number in range(len(captions)):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.png")
+
+    def read(*numbers):
+        lines = [json.dumps({"file_name": f"{number}.png", "text": captions[number]}) for number in numbers]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+        return [target.prompt for target in read_targets(tmp_path)]
+
+    for number in (1, 4):
+        with pytest.raises(ValueError, match="no prompt or no image in row 2"):
+            read(0, number, *({1, 2, 3, 4} - {number}))
+        captions[number] = "a cat"
+    assert read(0, 1, 2, 3, 4) == ["NA", "a cat", "null", "1.0", "a cat"]
+
+
+def test_several_captions_in_one_line_are_not_one(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["a cat", "a red cat"]}))
+    with pytest.raises(OSError, match="text in metadata.jsonl must be one text"):
+        read_targets(tmp_path)
+
+
+def test_a_table_without_rows_is_not_no_finding(tmp_path):
+    with pytest.raises(ValueError, match="own.csv has no rows"):
+        of_targets("prompt,image\n", tmp_path)
+
+
+def test_two_targets_may_have_one_prompt(tmp_path):
+    assert of_targets("prompt,image\na cat,a.png\na cat,b.png", tmp_path) == ["a cat", "a cat"]
+
+
 def test_testbed_targets_have_images_and_duplicates(testbed):
     vm, ladder, control = load_targets("testbed", folder=testbed)
     assert (vm.id, vm.prompt, vm.kind, vm.duplicates) == ("vm-0", "a cat", "VM", 900)
@@ -433,5 +598,5 @@ def test_a_damaged_image_in_the_table_names_its_target(testbed):
     table = pd.read_parquet(testbed / "targets.parquet")
     table.at[1, "image"] = table.at[1, "image"][:50]
     table.to_parquet(testbed / "targets.parquet")
-    with pytest.raises(OSError, match="Damaged image of target ladder-0"):
+    with pytest.raises(OSError, match="Cannot read the picture of target ladder-0 in targets.parquet .*truncated"):
         load_targets("testbed", folder=testbed)
