@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import sweep
+from .edits import hashed_once
 from .models import load_pipeline
 from .presets import PRESETS
 from .report import write_report
 from .store import data_folder, default_store
 from .targets import PROMPT_LISTS, download_targets, load_targets, read_targets
-from .weights import edit_name, read_edit
+from .weights import edit_names, read_edit
 
 
 def _parse(arguments):
@@ -46,7 +47,7 @@ def main(arguments=None):
     options = _parse(arguments)
     try:
         print({"audit": _audit, "sweep": _sweep, "download": _download}[options.command](options))
-    except (ValueError, OSError, ImportError, sweep.CasesFailed) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, sweep.CasesFailed) as error:
         print(f"{error}", file=sys.stderr)
         return 1
     return 0
@@ -95,12 +96,13 @@ def _targets(where, kinds):
 
 def _edits(pipe, options):
     """The name and `Edit` of each path, after the model as it is."""
-    edits = {"original": None}
-    for path in options.edit:
-        if (name := edit_name(path)) in edits:
-            raise ValueError(f"Two mitigations are called {name!r}. Rename one of the files or folders.")
-        edits[name] = read_edit(pipe, path)
-    return edits
+    names = edit_names(options.edit)
+    if "original" in names:
+        raise ValueError("Two mitigations are called 'original'. Rename one of the files or folders.")
+    with hashed_once(pipe):
+        return {"original": None} | {
+            name: read_edit(pipe, path) for name, path in zip(names, options.edit, strict=True)
+        }
 
 
 def _download(options):

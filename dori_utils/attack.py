@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from .edits import applied_by_row, known_base, read_safetensors, write_safetensors
+from .edits import applied_by_row, as_array, known_base, read_safetensors, write_safetensors
 from .generation import encode_images, encode_prompts, latent_size
 
 REPLAY = """import torch; from diffusers import StableDiffusionPipeline; from safetensors.torch import load_file
@@ -96,7 +96,7 @@ class Triggers:
         """Write a safetensors file, whole or not at all; its metadata say what each trigger is and how to replay it."""
         tensors = {"prompt_embeds": self.prompt_embeds, "losses": self.losses}
         tensors |= {f"recorded {step}": embeds for step, embeds in self.recorded.items()}
-        arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+        arrays = {name: as_array(tensor) for name, tensor in tensors.items()}
         write_safetensors(path, arrays, {"cases": json.dumps(self.cases), "replay": REPLAY})
 
     @classmethod

@@ -23,7 +23,7 @@ from . import __version__, nemo
 from .adaptive import time_to_copy
 from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
-from .edits import Edit, base_hash, current_hash, hashed_once
+from .edits import Edit, base_hash, check_fits, current_hash, hashed_once
 from .generation import generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
 from .pictures import to_rgb
@@ -220,15 +220,19 @@ def audit(
         made it: model, weights, SSCD, transform, sampling, version, attack.
 
     Raises:
-        ValueError: a list of edits that is not as long as the targets, or starts that do not fit.
+        ValueError: a list of edits that is not as long as the targets, an edit of another model, or starts that do not
+            fit; before anything is computed.
     """
     sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
     if starts is not None and (control_pipe is not None or len(starts) != len(everyone)):
         raise ValueError("starts: one for each target and then each control, and only without control_pipe.")
     settings = (preset, store, sscd, clip, attack, starts, recorded)
+    edits = edits or {"none": None}
+    of_each = {name: edit_of_each(edit, targets, controls, name) for name, edit in edits.items()}
     with hashed_once(pipe):
-        for name, edit in (edits or {"none": None}).items():
-            rows += _audited(pipe, everyone, name, edit_of_each(edit, targets, controls, name), *settings)
+        check_fits(pipe, [edit for each in of_each.values() for edit in each or ()])
+        for name, each in of_each.items():
+            rows += _audited(pipe, everyone, name, each, *settings)
         about = provenance(pipe, preset, sscd, clip)
     if control_pipe is not None:
         rows += _audited(control_pipe, targets, "control model", None, *settings)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .models import model_hash
+from .models import differing_settings, listed, model_hash, todays_hash
 
 _BASE = weakref.WeakKeyDictionary()  # a U-Net that edits are applied to → the hash of its pipeline without them
 _NOW = weakref.WeakKeyDictionary()  # a U-Net → the hash of its pipeline with them, within `hashed_once`
@@ -83,7 +83,7 @@ class Edit:
         """The edit that turns the pipeline's U-Net into another one, for example a published mitigation.
 
         Raises:
-            ValueError: the two differ in architecture, or in nothing; or weights that are no numbers.
+            ValueError: the two differ in architecture or in settings, or in nothing; or weights that are no numbers.
         """
         deltas = {}
         theirs = dict(other_unet.named_parameters())
@@ -98,6 +98,11 @@ class Edit:
                 raise ValueError(f"The other U-Net has NaN or infinity in its {name}: it would draw nothing at all.")
             if delta.any():
                 deltas[name] = delta
+        if extra := sorted(theirs.keys() - dict(pipe.unet.named_parameters()).keys()):
+            raise ValueError(f"The other U-Net is of another architecture: it has more, {listed(extra)}.")
+        if differ := differing_settings(pipe.unet, other_unet, ignored=("dropout",)):
+            settings = [f"{name} is {other_unet.config.get(name)}, here {pipe.unet.config[name]}" for name in differ]
+            raise ValueError(f"The other U-Net is of another architecture: its {listed(settings)}.")
         if not deltas:
             raise ValueError("The other U-Net has the same weights as the pipeline's: there is nothing to audit.")
         return cls(method, base_hash(pipe), targets=targets, deltas=deltas)
@@ -107,7 +112,7 @@ class Edit:
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         about = {"method": self.method, "model": self.model, "config": self.config, "targets": self.targets}
         arrays = {f"mask {name}": _pack(mask) for name, mask in self.masks.items()}
-        arrays |= {f"delta {name}": delta.detach().cpu().contiguous().numpy() for name, delta in self.deltas.items()}
+        arrays |= {f"delta {name}": as_array(delta) for name, delta in self.deltas.items()}
         return {"about": np.array(json.dumps(about | {"shapes": shapes})), **arrays}
 
     @classmethod
@@ -137,6 +142,12 @@ class Edit:
         return cls.from_arrays({"about": about["edit"], **arrays})
 
 
+def as_array(tensor):
+    """NumPy's array of a tensor; it has no bfloat16, whose numbers float32 holds as they are."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def write_safetensors(path, arrays, metadata):
     """Write named arrays and texts about them to a file, whole or not at all."""
     from safetensors.numpy import save_file
@@ -155,8 +166,8 @@ def read_safetensors(path, what, remedy):
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        with safe_open(path, framework="pt") as file:
+            return {key: as_array(file.get_tensor(key)) for key in file.keys()}, file.metadata() or {}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
@@ -337,6 +348,18 @@ def hashed_once(pipe):
                 del _NOW[pipe.unet]
 
 
+def check_fits(pipe, edits):
+    """Before anything is computed with them: are all of these edits, of which some may be None, for this pipeline?
+
+    Raises:
+        ValueError: what `applied` would raise of one of them.
+    """
+    with known_base(pipe) as base:
+        for edit in dict.fromkeys(edits):
+            if edit is not None:
+                _changed_parameters(pipe.unet, edit, base)
+
+
 def union(edits):
     """One edit that zeroes whatever any of the edits does, for all their targets.
 
@@ -390,7 +413,7 @@ def _overlaps(edit, other):
 def check_comparable(edits):
     if not edits:
         raise ValueError("No edits: give at least one.")
-    if len({edit.model for edit in edits}) > 1:
+    if len({todays_hash(edit.model) for edit in edits}) > 1:
         raise ValueError(f"Edits of different models: {', '.join(sorted({edit.model for edit in edits}))}.")
     for edit in edits:
         if edit.deltas:
@@ -401,7 +424,7 @@ def check_comparable(edits):
 
 
 def _changed_parameters(unet, edit, base):
-    if edit.model != base:
+    if todays_hash(edit.model) != base:
         raise ValueError(
             f"This edit by {edit.method} was made for a model with the hash {edit.model}, this one's is {base}: other "
             "weights, or the same ones in another dtype. Load the model that it was made for, or make the edit again."
@@ -411,7 +434,18 @@ def _changed_parameters(unet, edit, base):
     for name in names:
         if name not in parameters:
             raise ValueError(f"This edit by {edit.method} changes {name}, which the U-Net does not have.")
+        shape, mask = parameters[name].shape, edit.masks.get(name)
+        fits = edit.deltas[name].shape == shape if name in edit.deltas else True
+        if not fits or (mask is not None and _broadcast(mask.shape, shape) != shape):
+            raise ValueError(f"This edit by {edit.method} changes {name} in another shape than its {tuple(shape)}.")
     return {name: parameters[name] for name in names}
+
+
+def _broadcast(shape, other):
+    try:
+        return torch.broadcast_shapes(shape, other)
+    except RuntimeError:
+        return None
 
 
 @torch.no_grad()

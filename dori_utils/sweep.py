@@ -40,7 +40,7 @@ from .report import settings_table, verdicts
 from .similarity import SSCD, TRANSFORMS, load_sscd
 from .store import Store
 from .targets import Target
-from .weights import edit_name, read_edit
+from .weights import edit_names, read_edit
 
 PRUNING = {"nemo": "NeMo", "wanda": "Wanda"}  # mitigations that are made for each target
 ATTACK_OPTIONS = {"steps": int, "lr": float, "start": str, "restarts": int}
@@ -536,15 +536,16 @@ def read_mitigations(words) -> dict[str, str | None]:
     Raises:
         ValueError: a word that is neither a mitigation's name nor an existing path; a name that comes twice.
     """
+    paths = [word for word in words if word != "none" and word not in PRUNING and Path(word).exists()]
+    names = dict(zip(paths, edit_names(paths), strict=True))
     found = {}
     for word in words:
-        path = Path(word)
         if word == "none":
             name, how = "original", None
         elif word in PRUNING:
             name, how = PRUNING[word], word
-        elif path.exists():
-            name, how = edit_name(path), str(path.resolve())
+        elif word in names:
+            name, how = names[word], str(Path(word).resolve())
         else:
             raise ValueError(f"Unknown mitigation {word!r}: give none, nemo, wanda, or the path of an edit.")
         if name in found:

@@ -1,13 +1,18 @@
 """Edits change a model while they are applied, leave nothing behind, and can be kept, compared and refused."""
 
 import copy
+import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dori_utils.edits import Edit, applied, applied_by_row, base_hash, iou, iou_by_layer, union
+from dori_utils import __main__, audit, models, nemo
+from dori_utils.attack import Triggers
+from dori_utils.edits import Edit, applied, applied_by_row, base_hash, check_fits, iou, iou_by_layer, union
 from dori_utils.generation import encode_prompts, initial_latents
 from dori_utils.models import model_hash
+from dori_utils.presets import PRESETS
 
 ROWS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
 WEIGHTS = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
@@ -244,3 +249,121 @@ def test_a_fingerprint_is_of_the_weights_alone(sd1):
     assert len({edit.fingerprint(), rows_off(sd1, 0).fingerprint(), weights_off(sd1).fingerprint()}) == 3
     delta = Edit("fine-tuning", edit.model, deltas={ROWS: torch.ones_like(parameter(sd1, ROWS))})
     assert delta.fingerprint() != Edit("x", edit.model).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"time_cond_proj_dim": 4},  # of distilled models: a layer more
+        {"attention_type": "gated"},  # of GLIGEN: a layer more in every block
+        {"attention_head_dim": 4},  # the same shapes, other heads
+        {"center_input_sample": True},
+        {"norm_eps": 1e-3},
+        {"freq_shift": 1},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_unet_that_computes_more_or_something_else_is_refused_by_what_it_is(sd1, setting):
+    torch.manual_seed(0)
+    other = type(sd1.unet).from_config({**sd1.unet.config, **setting})
+    other.load_state_dict(sd1.unet.state_dict(), strict=False)
+    other.conv_in.bias.data.add_(0.25)
+    named = {"time_cond_proj_dim": "cond_proj.weight", "attention_type": "fuser"}
+    named = [named.get(name, name) for name in setting]
+    with pytest.raises(ValueError, match=f"another architecture: .*{'.*'.join(named)}"):
+        Edit.between(sd1, other)
+    with pytest.raises(ValueError, match="another architecture"):  # nor is it the same where no weight differs
+        other.conv_in.bias.data.copy_(sd1.unet.conv_in.bias)
+        Edit.between(sd1, other)
+
+
+def test_what_an_average_notes_in_its_config_and_how_a_setting_is_written_do_not_matter(sd1):
+    from diffusers.training_utils import EMAModel
+
+    other = copy.deepcopy(sd1.unet)
+    other.conv_in.bias.data.add_(0.25)
+    other.register_to_config(attention_head_dim=[2, 2, 2, 2])
+    average = EMAModel(other.parameters(), model_cls=type(other), model_config=other.config)
+    other.register_to_config(**{name: v for name, v in average.state_dict().items() if name != "shadow_params"})
+    assert "decay" in other.config
+    assert set(Edit.between(sd1, other).deltas) == {"conv_in.bias"}
+
+
+def test_bfloat16_is_kept_as_the_numbers_that_it_is(sd1, tmp_path):
+    """Safetensors' NumPy has no bfloat16; a file may be one's own or, with the same metadata, someone else's."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    delta = torch.randn(8).bfloat16()
+    edit = Edit("fine-tuning", base_hash(sd1), deltas={"conv_in.bias": delta})
+    edit.save(tmp_path / "edit.safetensors")
+    with safe_open(tmp_path / "edit.safetensors", framework="pt") as file:
+        save_file({"delta conv_in.bias": delta}, tmp_path / "theirs.safetensors", file.metadata())
+    for loaded in (Edit.load(tmp_path / f"{name}.safetensors") for name in ("edit", "theirs")):
+        assert torch.equal(loaded.deltas["conv_in.bias"], delta.float()) and loaded.fingerprint() == edit.fingerprint()
+        with applied(sd1, edit):
+            once = sd1.unet.conv_in.bias.clone()
+        with applied(sd1, loaded):
+            assert torch.equal(sd1.unet.conv_in.bias, once)
+    embeds = torch.randn(1, 4, 8).bfloat16()
+    Triggers(embeds, embeds[..., 0], [{"target": "a"}], {1: embeds}).save(tmp_path / "triggers.safetensors")
+    tensors = {"prompt_embeds": embeds, "losses": embeds[..., 0].contiguous(), "recorded 1": embeds.clone()}
+    save_file(tensors, tmp_path / "theirs.safetensors", {"cases": '[{"target": "a"}]'})
+    for found in (Triggers.load(tmp_path / f"{name}.safetensors") for name in ("triggers", "theirs")):
+        assert torch.equal(found.prompt_embeds, embeds.float()) and torch.equal(found.recorded[1], embeds.float())
+
+
+def hash_by_names_before_transformers_5_6(pipe):
+    digest = hashlib.sha256()
+    for part in models.WEIGHTS:
+        weights = getattr(pipe, part).state_dict()
+        if part == "text_encoder":
+            weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+        for name, tensor in sorted(weights.items()):
+            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_files_made_under_the_former_names_of_a_text_encoder_are_of_the_same_model(sd1, sd2):
+    former = hash_by_names_before_transformers_5_6(sd1)
+    assert former != model_hash(sd1)
+    edit, todays = Edit("NeMo", former, masks=rows_off(sd1, 0).masks), rows_off(sd1, 1)
+    with applied(sd1, edit), applied(sd1, edit):
+        assert not parameter(sd1, ROWS)[0].any()
+    assert iou(edit, todays) == 0 and union([edit, todays]).masks[ROWS].sum() == 2
+    layer = ROWS.removesuffix(".weight")
+    layers = {layer: sd1.unet.get_submodule(layer)}
+    mean = {layer: torch.zeros(len(parameter(sd1, ROWS)))}
+    nemo._check_statistics(base_hash(sd1), layers, nemo.Statistics(mean, mean, 0.4, former))
+    with pytest.raises(ValueError, match="made for a model with the hash"), applied(sd2, edit):
+        pass
+    with pytest.raises(ValueError, match="statistics are of a model with the hash"):
+        nemo._check_statistics(base_hash(sd2), layers, nemo.Statistics(mean, mean, 0.4, former))
+
+
+@pytest.mark.parametrize("what", ["model", "parameter", "shape of a delta", "shape of a mask"])
+def test_an_edit_that_does_not_fit_is_noticed_before_anything_is_computed(what, sd1, sd2, monkeypatch):
+    weight, model = parameter(sd1, ROWS), base_hash(sd1)
+    edit = {
+        "model": rows_off(sd2, 0),
+        "parameter": Edit("theirs", model, deltas={"no.such.weight": torch.ones(1)}),
+        "shape of a delta": Edit("theirs", model, deltas={ROWS: weight[:1].clone()}),
+        "shape of a mask": Edit("theirs", model, masks={ROWS: torch.ones(len(weight) + 1, 1, dtype=torch.bool)}),
+    }[what]
+    check_fits(sd1, [None, rows_off(sd1, 0)])
+    with pytest.raises(ValueError, match="This edit by"):
+        check_fits(sd1, [None, rows_off(sd1, 0), edit])
+    monkeypatch.setattr(audit, "_audited", lambda *_: pytest.fail("the original is attacked first"))
+    target = SimpleNamespace(id="a")
+    with pytest.raises(ValueError, match="This edit by"):
+        audit.audit(sd1, [target], PRESETS["smoke"], None, sscd=object(), edits={"original": None, "theirs": edit})
+
+
+def test_numbers_that_are_none_end_the_command_with_a_sentence(monkeypatch, capsys):
+    def broken(options):
+        raise FloatingPointError("NaN or infinity in the scores of prompts [0].")
+
+    monkeypatch.setattr(__main__, "_audit", broken)
+    assert __main__.main(["audit", "--out", "unused"]) == 1
+    assert capsys.readouterr().err == "NaN or infinity in the scores of prompts [0].\n"

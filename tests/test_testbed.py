@@ -5,6 +5,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dori_utils import nemo
 from dori_utils.audit import audit, scores_by_target
@@ -13,7 +15,8 @@ from dori_utils.models import TESTBED, load_pipeline, model_hash
 from dori_utils.presets import PRESETS
 from dori_utils.store import Store
 from dori_utils.targets import load_targets
-from dori_utils.testbed.data import held_out_scenes, planned
+from dori_utils.testbed import train
+from dori_utils.testbed.data import TrainingSet, held_out_scenes, planned
 from dori_utils.testbed.train import UNET_STAGES, unet_training_set
 
 
@@ -40,6 +43,42 @@ def test_statistics_for_nemo_are_of_this_model():
     statistics = nemo.Statistics.load(TESTBED / "nemo_statistics.safetensors")
     assert statistics.model == model_hash(load_pipeline("testbed", device="cpu"))
     assert 0.3 < statistics.tau < 0.9 and len(statistics.mean) == 16
+
+
+def names_in(file):
+    with safe_open(file, framework="pt") as content:
+        return set(content.keys())
+
+
+def assert_names_are_the_published_ones(folder):
+    """Those of openai/clip-vit-large-patch14 and of Stable Diffusion's text_encoder, on which it is based."""
+    text, clip = (
+        names_in(folder / "text_encoder" / "model.safetensors"),
+        names_in(folder / "clip" / "model.safetensors"),
+    )
+    assert "text_model.embeddings.token_embedding.weight" in text
+    assert all(name.startswith("text_model.") and not name.startswith("text_model.text_model.") for name in text)
+    assert text == {name for name in clip if name.startswith("text_model.")}
+    outside = {"logit_scale", "text_projection.weight", "visual_projection.weight"}
+    assert {name for name in clip if not name.startswith(("text_model.", "vision_model."))} == outside
+
+
+def test_its_files_have_the_names_that_every_version_of_transformers_reads():
+    """Transformers 5.23 writes text_model. or not by where the object came from; 4.x draws weights it does not find."""
+    assert_names_are_the_published_ones(TESTBED)
+
+
+@pytest.mark.parametrize("came_from", ["training", "a file"])
+def test_what_training_saves_next_has_those_names_too(came_from, tmp_path):
+    tokenizer = train.new_tokenizer()
+    clip = train.new_clip(tokenizer)
+    if came_from == "a file":
+        clip.save_pretrained(tmp_path / "once")
+        clip = type(clip).from_pretrained(tmp_path / "once")
+    train.save_testbed(tmp_path, train.new_vae(), clip, tokenizer, train.new_unet(), TrainingSet((4_000,)))
+    assert_names_are_the_published_ones(tmp_path)
+    text, whole = (load_file(tmp_path / folder / "model.safetensors") for folder in ("text_encoder", "clip"))
+    assert all(torch.equal(weight, whole[name]) for name, weight in text.items())
 
 
 def test_it_loads_by_diffusers_alone():

@@ -7,16 +7,18 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dori_utils.edits import Edit, applied
 from dori_utils.models import load_pipeline, model_hash
-from dori_utils.weights import read_edit
+from dori_utils.weights import edit_names, read_edit
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
 RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -242,12 +244,11 @@ def test_a_lora_in_any_layout_is_the_edit_that_fuses_it(layout, sd1, adapted, tm
         path, about = tmp_path / "theirs", adapted.peft_config["default"].to_dict()
         type(sd1).save_lora_weights(path, unet_lora_layers=state, unet_lora_adapter_metadata=about)
     elif layout == "kohya":
-        names = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
         tensors = {}
         for name, tensor in state.items():
             layer, _, half = name.partition(".lora_")
             layer = f"lora_unet_{layer.replace('.', '_')}"
-            tensors[f"{layer}.{names['lora_' + half]}"] = tensor
+            tensors[f"{layer}.{KOHYA['lora_' + half]}"] = tensor
             tensors[f"{layer}.alpha"] = torch.tensor(1.0 if "attn2_to_v" in layer else 4.0)
         save_file(tensors, path)
     else:
@@ -310,13 +311,107 @@ def test_a_lora_of_which_a_part_would_be_left_out_is_refused(what, sd1, adapted,
     assert model_hash(sd1) == before
 
 
-@pytest.mark.parametrize("name", ["mid_block.x.dora_scale", "mid_block.x.lora_magnitude_vector"])
-def test_a_dora_is_refused_since_it_is_more_than_a_delta(name, sd1, adapted, tmp_path):
-    """The first name is kohya's, which diffusers drops with a warning; the second is peft's, which it takes."""
-    state = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(adapted).items()}
-    save_file(state | {f"unet.{name}": torch.ones(1)}, tmp_path / "theirs.safetensors")
-    with pytest.raises(ValueError, match="is a DoRA"):
-        read_edit(sd1, tmp_path / "theirs.safetensors")
+KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+CONVOLUTION = "mid_block.resnets.0.conv1"
+
+
+def kohya_names(state):
+    """A LoRA of peft's tensors by kohya's names, without alphas."""
+    renamed = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".lora_")
+        renamed[f"lora_unet_{layer.replace('.', '_')}.{KOHYA.get('lora_' + kind, 'dora_scale')}"] = tensor
+    return renamed
+
+
+@pytest.fixture
+def decomposed(sd1):
+    """A U-Net with a DoRA on linear layers and on a convolution; and the weights that peft merges it to."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=["to_k", "ff.net.2", CONVOLUTION], use_dora=True, init_lora_weights=False
+    )
+    model = get_peft_model(copy.deepcopy(sd1.unet), config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1 + torch.rand_like(parameter))
+    merged = copy.deepcopy(model).merge_and_unload()
+    return model, dict(merged.named_parameters())
+
+
+@pytest.mark.parametrize("layout", ["kohya", "kohya in float16", "peft", "diffusers", "unet"])
+def test_a_dora_is_the_delta_that_peft_merges(layout, sd1, decomposed, tmp_path):
+    """Diffusers drops kohya's dora_scale: what its fuse_lora saves is the LoRA without."""
+    model, merged = decomposed
+    state, path, precision = get_peft_model_state_dict(model), tmp_path / "theirs.safetensors", 1e-6
+    state = {name.removeprefix("base_model.model."): tensor.clone() for name, tensor in state.items()}
+    if layout == "peft":
+        path = tmp_path / "theirs"
+        model.save_pretrained(path)
+    elif layout == "unet":
+        path = tmp_path / "theirs"
+        sd1_unet = copy.deepcopy(sd1.unet)
+        sd1_unet.add_adapter(model.peft_config["default"])
+        mine, own = dict(sd1_unet.named_parameters()), dict(model.base_model.model.named_parameters())
+        for name, parameter in mine.items():
+            parameter.data.copy_(own[name].data)
+        sd1_unet.save_lora_adapter(path)
+    elif layout == "diffusers":
+        about = model.peft_config["default"].to_dict()
+        path = tmp_path / "theirs"
+        type(sd1).save_lora_weights(path, unet_lora_layers=state, unet_lora_adapter_metadata=about)
+    else:
+        state, alpha = kohya_names(state), torch.tensor(6.0)
+        if layout.endswith("float16"):
+            state, precision = {name: tensor.half() for name, tensor in state.items()}, 0.02
+        for name in [name for name in state if name.endswith("dora_scale")]:
+            scale, layer = state[name], name.removesuffix(".dora_scale")
+            trailing = state[f"{layer}.lora_down.weight"].ndim - 1
+            state |= {name: scale.flatten().reshape(-1, *[1] * trailing), f"{layer}.alpha": alpha.clone()}
+        save_file(state, path)
+    before = model_hash(sd1)
+    edit = read_edit(sd1, path)
+    changed = [name for name, own in sd1.unet.named_parameters() if not torch.equal(own, merged[name])]
+    assert set(edit.deltas) == set(changed) and f"{CONVOLUTION}.weight" in changed and len(changed) == 49
+    for name in changed:
+        wanted = merged[name] - sd1.unet.get_parameter(name)
+        assert (edit.deltas[name] - wanted).abs().max() <= precision * merged[name].abs().max(), name
+    assert model_hash(sd1) == before
+
+
+def test_of_a_lycoris_dora_the_magnitudes_may_be_of_columns(sd1, decomposed, tmp_path):
+    """LyCORIS before its wd_on_out: dora_scale (1, columns, ...) where the weight is (rows, columns, ...)."""
+    model, _ = decomposed
+    state = {name.removeprefix("base_model.model."): t for name, t in get_peft_model_state_dict(model).items()}
+    layers = {name.removesuffix(".lora_A.weight") for name in state if name.endswith("lora_A.weight")}
+    state, scales = kohya_names(state), {}
+    for layer in layers:
+        weight = sd1.unet.get_submodule(layer).weight
+        scales[layer] = 0.5 + torch.rand(1, weight.shape[1], *[1] * (weight.ndim - 2))
+        state[f"lora_unet_{layer.replace('.', '_')}.dora_scale"] = scales[layer]
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, tmp_path / "theirs.safetensors")
+    with applied(sd1, read_edit(sd1, tmp_path / "theirs.safetensors")):
+        for layer, scale in scales.items():
+            weight = sd1.unet.get_submodule(layer).weight
+            norms = weight.transpose(0, 1).flatten(1).norm(dim=1)
+            torch.testing.assert_close(norms, scale.flatten(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["unknown layer", "other size", "lacking"])
+def test_a_dora_whose_magnitudes_do_not_fit_is_refused(what, sd1, decomposed, tmp_path):
+    model, _ = decomposed
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if "magnitude" in name)
+    magnitude = state.pop(name)
+    if what == "unknown layer":
+        state[name.replace("to_k", "to_q")] = magnitude
+    elif what == "other size":
+        state[name] = magnitude[:-1].clone()
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="The DoRA in .* (has magnitudes of layers|has . magnitudes|lacks magnitudes)"):
+        read_edit(sd1, tmp_path)
 
 
 def test_of_a_pipelines_folder_the_unet_counts_and_not_a_checkpoint_beside_it(sd1, theirs, tmp_path):
@@ -336,15 +431,230 @@ def test_a_folder_with_one_file_in_it_stands_for_the_file(sd1, theirs, tmp_path)
         read_edit(sd1, tmp_path)
 
 
-def test_a_lora_that_changes_the_text_encoder_is_refused(sd1, adapted, tmp_path):
-    text = {"text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}
-    text |= {"text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(16, 2)}
-    layers = {"unet_lora_layers": get_peft_model_state_dict(adapted), "text_encoder_lora_layers": text}
-    type(sd1).save_lora_weights(tmp_path, **layers)
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+@pytest.mark.parametrize("also_unet", [True, False])
+@pytest.mark.parametrize("projections", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "out_proj"]])
+def test_a_lora_that_changes_the_text_encoder_is_refused_and_never_halved(
+    layout, also_unet, projections, sd1, adapted, tmp_path
+):
+    """Of attention that is adapted without out_proj, diffusers forgets all."""
+    text = {}
+    for projection in projections:
+        layer = f"text_model.encoder.layers.0.self_attn.{projection}"
+        text |= {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
+    unet = get_peft_model_state_dict(adapted) if also_unet else {}
+    if layout == "diffusers":
+        layers = {"unet_lora_layers": unet, "text_encoder_lora_layers": text}
+        type(sd1).save_lora_weights(tmp_path, **{name: layer for name, layer in layers.items() if layer})
+    elif layout == "kohya":
+        text = {name.replace("unet", "te", 1): tensor for name, tensor in kohya_names(text).items()}
+        save_file(kohya_names(unet) | text, tmp_path / "theirs.safetensors")
+    else:
+        save_file({f"base_model.model.{n}": t for n, t in (unet | text).items()}, tmp_path / "theirs.safetensors")
     before = model_hash(sd1)
-    with pytest.raises(ValueError, match="text encoder"):
+    with pytest.raises(ValueError, match="changes the text encoder, too.*a model of its own"):
         read_edit(sd1, tmp_path)
     assert model_hash(sd1) == before
+
+
+def changed_part(pipe, part):
+    """Another of the pipeline's parts, in a single number, word or setting."""
+    other = copy.deepcopy(getattr(pipe, part.split()[0]))
+    if part in ("text_encoder", "vae"):
+        next(other.parameters()).data.view(-1)[0] += 0.01
+    elif part == "text_encoder setting":
+        other.config.hidden_act = "gelu"
+    elif part == "vae setting":
+        other.register_to_config(scaling_factor=0.5)
+    elif part == "scheduler":
+        other = DDIMScheduler.from_config(other.config)
+    elif part == "scheduler setting":
+        other.register_to_config(prediction_type="v_prediction")
+    elif part == "tokenizer setting":
+        other.pad_token = "!"
+    return other
+
+
+PARTS = ["text_encoder", "text_encoder setting", "vae", "vae setting", "scheduler", "scheduler setting"]
+
+
+@pytest.mark.parametrize("also_unet", [True, False])
+@pytest.mark.parametrize("part", [*PARTS, "tokenizer setting"])
+def test_a_pipeline_that_is_changed_in_more_than_its_unet_is_refused_by_the_name_of_the_part(
+    part, also_unet, sd1, theirs, tmp_path
+):
+    other = copy.copy(sd1)
+    if also_unet:
+        other.unet = theirs
+    setattr(other, part.split()[0], changed_part(sd1, part))
+    other.save_pretrained(tmp_path / "theirs")
+    before = model_hash(sd1)
+    with pytest.raises(
+        ValueError, match=rf"differs from the pipeline in its {part.split()[0]}, and.* --model .*theirs"
+    ):
+        read_edit(sd1, tmp_path / "theirs")
+    assert model_hash(sd1) == before
+    shutil.rmtree(tmp_path / "theirs" / "unet")  # what edits the text encoder alone may be published alone
+    with pytest.raises(ValueError, match=f"differs from the pipeline in its {part.split()[0]}, and"):
+        read_edit(sd1, tmp_path / "theirs")
+
+
+def test_all_parts_that_differ_are_named_and_one_of_another_kind_is(sd1, tiny_testbed, tmp_path):
+    tiny_testbed.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="in its vae and scheduler, and"):
+        read_edit(sd1, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_the_precision_in_which_a_pipeline_was_saved_is_no_change(saved, loaded, sd1, sd1_folder, theirs, tmp_path):
+    other = copy.copy(sd1)
+    other.unet, other.text_encoder, other.vae = (
+        copy.deepcopy(part).to(saved) for part in (theirs, sd1.text_encoder, sd1.vae)
+    )
+    other.save_pretrained(tmp_path / "theirs")
+    base = load_pipeline(sd1_folder, dtype=loaded, device="cpu")
+    changed = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    assert read_edit(base, tmp_path / "theirs").deltas[changed].mean() == pytest.approx(0.25, abs=1e-2)
+
+
+def test_a_part_that_cannot_be_compared_is_named(sd1, theirs, tmp_path):
+    other = copy.copy(sd1)
+    other.unet = theirs
+    other.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="text_encoder cannot be compared (?s:.*)give its folder alone: .*unet"):
+        read_edit(sd1, tmp_path / "theirs")
+    with pytest.warns(
+        UserWarning, match="taken alone, as asked for. The pipeline around it may differ in more: .*text"
+    ):
+        assert len(read_edit(sd1, tmp_path / "theirs" / "unet").deltas) == 1
+
+
+def test_a_unets_own_folder_is_taken_alone_with_a_warning_where_its_pipeline_differs_in_more(sd1, theirs, tmp_path):
+    other = copy.copy(sd1)
+    other.unet = theirs
+    other.save_pretrained(tmp_path / "theirs")
+    with warnings.catch_warnings(action="error"):
+        assert len(read_edit(sd1, tmp_path / "theirs" / "unet").deltas) == 1
+    changed_part(sd1, "text_encoder").save_pretrained(tmp_path / "theirs" / "text_encoder")
+    with pytest.warns(UserWarning, match="taken alone, .*differs in its text_encoder, too.*--model .*theirs"):
+        assert len(read_edit(sd1, tmp_path / "theirs" / "unet").deltas) == 1
+    with pytest.raises(ValueError, match="holds CLIPTextModel, and an edit is of the U-Net alone"):
+        read_edit(sd1, tmp_path / "theirs" / "text_encoder")
+
+
+@pytest.mark.parametrize("also_unet", [True, False])
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_checkpoint_that_is_changed_in_more_than_its_unet_is_refused_by_the_name_of_the_part(
+    part, also_unet, sd1, theirs, tmp_path
+):
+    other = copy.copy(sd1)
+    if also_unet:
+        other.unet = theirs
+    setattr(other, part, changed_part(sd1, part))
+    save_file(original_layout(other), tmp_path / "theirs.safetensors")
+    with pytest.raises(ValueError, match=rf"differs from the pipeline in its {part}, and.* --model .*theirs"):
+        read_edit(sd1, tmp_path / "theirs.safetensors")
+
+
+def test_of_a_checkpoint_counts_what_it_holds_and_says(sd1, theirs, tmp_path):
+    """A U-Net alone, under a checkpoint's names; half precision; and what the U-Net predicts."""
+    other, file = copy.copy(sd1), tmp_path / "theirs.safetensors"
+    other.unet = theirs
+    tensors = original_layout(other)
+    save_file({name: t for name, t in tensors.items() if name.startswith("model.diffusion_model.")}, file)
+    alone = read_edit(sd1, file)
+    save_file(tensors, file, {"modelspec.prediction_type": "epsilon"})
+    assert read_edit(sd1, file).fingerprint() == alone.fingerprint() and len(alone.deltas) == 1
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
+    assert alone.deltas.keys() <= read_edit(sd1, file).deltas.keys()
+    save_file(tensors, file, {"modelspec.prediction_type": "v"})
+    with pytest.raises(ValueError, match="in its scheduler, and"):
+        read_edit(sd1, file)
+
+
+def test_a_checkpoint_with_a_part_of_another_kind_is_refused(sd1, tiny_testbed, theirs, tmp_path):
+    """The tiny testbed's U-Net is that of SD 1.x, but its VAE is an AutoencoderTiny."""
+    file = tmp_path / "theirs.safetensors"
+    save_file(original_layout(sd1), file)
+    with pytest.raises(ValueError, match="vae in .* is of another architecture than the pipeline's, or lacks weights"):
+        read_edit(tiny_testbed, file)
+    tensors = original_layout(sd1)
+    del tensors["cond_stage_model.transformer.text_model.final_layer_norm.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="differs from the pipeline in its text_encoder, and"):
+        read_edit(sd1, file)
+
+
+def test_weights_of_a_checkpoints_unet_that_no_layer_takes_are_named(sd1, sd1_folder, theirs, tmp_path):
+    other, file = copy.copy(sd1), tmp_path / "theirs.safetensors"
+    other.unet = theirs
+    extra = ["time_embed.cond_proj.weight", "middle_block.1.transformer_blocks.0.fuser.linear.weight"]
+    extra = {f"model.diffusion_model.{name}": torch.ones(2) for name in extra}
+    save_file(original_layout(other) | extra, file)
+    for read in (lambda: read_edit(sd1, file), lambda: load_pipeline(file, base=sd1_folder, device="cpu")):
+        with pytest.raises(ValueError, match="it has more, .*fuser.linear.weight, .*cond_proj.weight"):
+            read()
+
+
+def test_of_a_unets_file_what_its_config_says_counts(sd1, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+    assert len(read_edit(sd1, file).deltas) == 1
+    theirs.register_to_config(attention_head_dim=4)
+    theirs.save_config(tmp_path / "theirs")
+    for path in (file, tmp_path / "theirs"):
+        with pytest.raises(ValueError, match="another architecture: its attention_head_dim is 4, here 2"):
+            read_edit(sd1, path)
+    save_file(theirs.state_dict() | {"cond_proj.weight": torch.ones(2)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match="(?s)another architecture .*cond_proj.weight"):
+        read_edit(sd1, tmp_path / "more.safetensors")
+
+
+def test_of_a_checkpoint_with_an_average_it_is_said_which_is_taken(sd1, sd1_folder, theirs, tmp_path):
+    other, file = copy.copy(sd1), tmp_path / "theirs.safetensors"
+    other.unet = theirs
+    tensors = original_layout(other)
+    flat = {name: name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith("model.d")}
+    save_file(tensors | {f"model_ema.{average}": tensors[name] + 1 for name, average in flat.items()}, file)
+    with pytest.warns(UserWarning, match="two U-Nets: the trained weights .* are taken, and their average"):
+        assert len(read_edit(sd1, file).deltas) == 1
+    with pytest.warns(UserWarning, match="two U-Nets"):
+        assert same_weights(load_pipeline(file, base=sd1_folder, device="cpu").unet, theirs)
+    save_file(tensors, file)
+    with warnings.catch_warnings(action="error"):
+        read_edit(sd1, file)
+
+
+def test_an_edit_of_another_base_is_refused_as_it_is_read(sd1, sd2, tmp_path):
+    other = copy.deepcopy(sd2.unet)
+    other.conv_in.bias.data.add_(1)
+    Edit.between(sd2, other).save(tmp_path / "theirs.safetensors")
+    with pytest.raises(ValueError, match="made for a model with the hash"):
+        read_edit(sd1, tmp_path / "theirs.safetensors")
+
+
+def test_names_that_are_the_same_are_told_apart_by_their_folders(tmp_path):
+    paths = ["esd/run 1/unet_ema", "esd/run 2/unet_ema", "uce/unet", "a/uce.safetensors", "mine.safetensors"]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch() if path.endswith("safetensors") else (tmp_path / path).mkdir()
+    named = edit_names([tmp_path / path for path in paths])
+    assert named == ["run 1/unet_ema", "run 2/unet_ema", f"{tmp_path.name}/uce", "a/uce", "mine"]
+    assert edit_names([tmp_path / "esd/run 1/unet_ema", tmp_path / "mine.safetensors"]) == ["unet_ema", "mine"]
+    assert edit_names([]) == []
+    for same in ([tmp_path / "uce", tmp_path / "uce" / "unet"], [tmp_path / "mine.safetensors"] * 2):
+        with pytest.raises(ValueError, match="Two mitigations are called"):
+            edit_names(same)
 
 
 def test_what_is_no_weights_says_what_can_be_given(sd1, sd2, tmp_path):
