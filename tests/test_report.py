@@ -318,6 +318,14 @@ def test_numbers_that_make_no_sense_are_refused(option, number, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("lr", ["0", "-1", "nan", "inf"])
+def test_a_learning_rate_that_makes_no_sense_is_refused_before_anything_is_computed(lr, tmp_path, capsys):
+    for command in (["audit", "--lr", lr], ["sweep", "--attack", "dori", f"lr={lr}"]):
+        assert main([*command, "--limit", "1", "--out", str(tmp_path / "out")]) == 1
+        assert capsys.readouterr().err == f"lr is {float(lr)}: a learning rate is above 0.\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
