@@ -7,10 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help figures test test-fast test-slow lint lab scorecard bench
+.PHONY: help install figures test test-fast test-slow lint lab scorecard bench
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(STAMP) ## make .venv, which every command below does by itself
 
 figures: $(STAMP) ## run all notebooks, two at a time; they write figures/, their executed copies are in build/notebooks/
 	$(BIN)/python -m dori_utils.book $(ARGS)

@@ -54,6 +54,8 @@ class AttackConfig:
             raise ValueError(f"start is {self.start!r}: it is 'prompt' or 'noise'; other embeddings go into `starts`.")
         if self.steps < 0 or self.batch_size < 1 or self.restarts < 1:
             raise ValueError("steps must be at least 0, batch_size and restarts at least 1.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}: a learning rate is above 0.")
         if any(not 0 <= step <= self.steps for step in self.record):
             raise ValueError(f"record is {self.record}: its steps must be between 0 and {self.steps}.")
 

@@ -24,7 +24,7 @@ from .adaptive import time_to_copy
 from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash, check_fits, current_hash, hashed_once
-from .generation import generate
+from .generation import _scheduler, generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
 from .pictures import to_rgb
 from .similarity import SSCD, TRANSFORMS, load_sscd
@@ -139,7 +139,8 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
 
     seconds = [case["seconds"] for case in _generated(pipe, prompts, preset.seeds, preset, store)]
     scores = diversity(cached_embeddings(pipe, prompts, preset.seeds, preset, store, sscd))
-    cost = 2 * steps * len(preset.seeds)
+    evaluations = len(_scheduler(pipe, steps).timesteps)  # PNDM makes one more than it has steps
+    cost = (2 if preset.guidance_scale > 1 else 1) * evaluations * len(preset.seeds)
     rows += [_detected(p, "seed diversity", s, cost, t) for p, s, t in zip(prompts, scores, seconds, strict=True)]
     table = pd.DataFrame(rows)
     table.attrs = provenance(pipe, preset, sscd)

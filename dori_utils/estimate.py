@@ -39,8 +39,9 @@ ABOUT = (
     f"bfloat16, {SPEED / H100:.0%} of an H100. GB: the U-Net's weights in half precision, in training in float32 with "
     "gradients, AdamW's moments and the originals; and what the backward pass keeps in bfloat16, with attention in its "
     "plain form. NeMo's rows are those of trying every set on every seed, where no round is enough and only the "
-    "strongest neurons are blocked. Left out: text encoder, VAE and SSCD; what a forward pass needs for itself; the "
-    "choice of Concept Ablation's anchors; the surrogates of fine-tuning; the images that SISS keeps."
+    "strongest neurons are blocked. Sampling is PNDM's, which makes one evaluation more than it has steps. Left out: "
+    "text encoder, VAE and SSCD; what a forward pass needs for itself; the choice of Concept Ablation's anchors; the "
+    "surrogates of fine-tuning; the images that SISS keeps."
 )
 
 
@@ -159,7 +160,7 @@ def works(preset, config=SD1) -> dict[str, Work]:
     seeds, attack = len(preset.seeds), preset.attack
     return {
         f"generation, {seeds} seeds of a prompt": Work(
-            forward=seeds * preset.num_inference_steps * _guided(preset.guidance_scale)
+            forward=seeds * _evaluations(preset.num_inference_steps) * _guided(preset.guidance_scale)
         ),
         "NeMo, one prompt": _nemo(preset.nemo, config),
         "Wanda, one prompt": _wanda(preset.wanda),
@@ -171,6 +172,15 @@ def works(preset, config=SD1) -> dict[str, Work]:
         "Concept Ablation, one image": _ablation(preset.ablation),
         "SISS, one image": _siss(preset.siss),
     }
+
+
+def _evaluations(steps):
+    """How often sampling asks the U-Net, with the sampler that Stable Diffusion 1.x is published with."""
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
 
 
 def _guided(scale):
@@ -205,8 +215,8 @@ def _finetuning(preset):
 
 
 def _esd(esd):
-    """A step draws its latents by half the sampling steps on average, and asks the original twice."""
-    drawn = _guided(esd.guidance_scale) * (esd.num_inference_steps - 1) / 2
+    """A step draws its latents by half of sampling on average, and asks the original twice."""
+    drawn = _guided(esd.guidance_scale) * (_evaluations(esd.num_inference_steps) - 1) / 2
     rows = esd.steps * esd.batch_size
     together, pattern = (0, esd.batch_size), VARIANTS[esd.variant]
     return Work(forward=rows * (drawn + 2), weights=rows, together=together, pattern=pattern, teacher=True)
@@ -214,7 +224,7 @@ def _esd(esd):
 
 def _ablation(ablation):
     """Images of the anchors, then steps of one or two terms, of which the first has a target without gradient."""
-    drawn = ablation.images * ablation.num_inference_steps * _guided(ablation.guidance_scale)
+    drawn = ablation.images * _evaluations(ablation.num_inference_steps) * _guided(ablation.guidance_scale)
     rows, terms = ablation.steps * ablation.batch_size, 2 if ablation.regularization else 1
     return Work(forward=drawn + rows, weights=terms * rows, together=(0, terms * ablation.batch_size))
 

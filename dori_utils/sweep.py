@@ -35,7 +35,7 @@ from .audit import _beside_weights, _data_hash, audit, cached_attack, cached_edi
 from .edits import base_hash, hashed_once
 from .models import MODELS, TESTBED, load_pipeline
 from .plots import csv_text
-from .presets import PRESETS, Preset
+from .presets import Preset
 from .report import settings_table, verdicts
 from .similarity import SSCD, TRANSFORMS, load_sscd
 from .store import Store
@@ -425,42 +425,6 @@ def write_tables(out, rows):
             file.write(csv_text(table))
 
 
-def add_model_arguments(parser):
-    """The options that `audit` and `sweep` share: of what model, for which images."""
-    parser.add_argument(
-        "--model", default="testbed", help="testbed, sd14, sd15, sd2, a folder, a checkpoint, a Hub id or ID@REVISION"
-    )
-    parser.add_argument("--base", help="of a checkpoint: the model whose configuration and tokenizer it has")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: testbed for the testbed, else paper")
-    parser.add_argument("--targets", help="a table (CSV: prompt,image), a folder of captioned pictures, or data/sd14")
-    parser.add_argument("--controls", help="images that the model has never seen, likewise; default: our own scenes")
-    parser.add_argument("--seeds", type=int, help="generations of each prompt and trigger")
-    parser.add_argument("--limit", type=int, help="only the first so many targets, and as many controls")
-
-
-def add_arguments(parser):
-    """The options of the command."""
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--mitigations", nargs="+", default=["none"], help="none, nemo, wanda, or paths of edits; default: none"
-    )
-    parser.add_argument("--nemo-statistics", type=Path, help="of this model; default: the testbed's own")
-    parser.add_argument(
-        "--attack",
-        nargs="+",
-        default=["none", "dori"],
-        metavar="NAME [OPTION=VALUE ...]",
-        help="none, or dori and its steps=, lr=, start=, restarts=; several may follow each other; default: none dori",
-    )
-    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="default: local, this process")
-    parser.add_argument("--workers", type=int, help="of Ray; default: one for each GPU, or a single one without any")
-    parser.add_argument("--address", default="local", help="of a Ray cluster; auto: the one that this machine is in")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list the cases, and measure one to say how long all take"
-    )
-    parser.add_argument("--out", required=True, help="folder or fsspec URL of tables and store")
-
-
 def command(options, preset, targets, controls) -> str:
     """What `python -m dori_utils sweep` does and prints.
 
@@ -479,9 +443,10 @@ def command(options, preset, targets, controls) -> str:
         write_tables(out, tidy_rows(plan, cases, results, about))
     if failed:
         number, error = next(iter(failed.items()))
+        others = f" The others are kept and in the tables in {out}." if len(failed) < len(cases) else ""
         raise CasesFailed(
-            f"{len(failed)} of {len(cases)} cases failed, the first: {cases[number]}: {error}. The others are kept and "
-            f"in the tables in {out}; the same command tries the failed ones again."
+            f"{len(failed)} of {len(cases)} cases failed, the first: {cases[number]}: {error.rstrip('.')}.{others} The "
+            "same command tries the failed ones again."
         )
     return f"{len(cases)} cases, {computed} of them computed now. Tables: {out}/rows.csv, table.csv, verdicts.csv"
 

@@ -244,6 +244,20 @@ def test_detectors_score_every_prompt_and_count_their_cost(tiny_testbed, store):
     pd.testing.assert_frame_equal(detected, again)
 
 
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_the_cost_of_seeds_is_what_the_sampler_really_asks_of_the_unet(pipe, store, guidance):
+    """PNDM, Stable Diffusion 1.x's, makes an evaluation more than it has steps; without guidance one row will do."""
+    rows = []
+    preset = dataclasses.replace(PRESET, guidance_scale=guidance)
+    handle = pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        cached_generate(pipe, ["a cat"], preset.seeds, preset, store)
+    finally:
+        handle.remove()
+    cost = detect(pipe, ["a cat"], preset, store).set_index("detector")["evaluations"]
+    assert cost["seed diversity"] == sum(rows)
+
+
 WANDA = wanda.Config(sparsity=0.2, steps=1, num_inference_steps=2, guidance_scale=3.0)
 ATTACK = AttackConfig(steps=2, batch_size=2, record=(0, 1))
 

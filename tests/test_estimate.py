@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dori_utils.estimate import ABOUT, SD1, SD2, as_markdown, costs, count_pass, works
+from dori_utils.generation import generate
 from dori_utils.plots import ROOT
 from dori_utils.presets import PRESETS
 
@@ -52,16 +53,28 @@ def test_what_is_not_trained_takes_no_gradient():
 def test_rows_are_those_of_the_paper_s_settings():
     """By hand, for settings that the papers and their code give."""
     generation, nemo, wanda, dori, tuning, esd, ablation, siss = works(PRESETS["paper"], SMALL).values()
-    assert generation.forward == 10 * 50 * 2  # seeds, steps, guidance
+    assert generation.forward == 10 * 51 * 2  # seeds, evaluations of PNDM in 50 steps, guidance
     assert nemo.forward == 10 * (1 + 16 + 7 + 7 * 15)  # seeds, of every set that is tried
     assert wanda.forward == 2 * 10 * 2  # two prompts, the first ten steps, guidance
     assert (dori.embeddings, dori.together) == (50 * 8, (8, 0))
     pairs = 5 * 112 * 10  # epochs, images, surrogates
     assert (tuning.embeddings, tuning.weights) == (pairs * 400, 2 * pairs)
     assert tuning.together == (8 * 8, 2 * 8)
-    assert (esd.forward, esd.weights) == (1000 * (2 * 24.5 + 2), 1000)
-    assert (ablation.forward, ablation.weights) == (1000 * 200 * 2 + 400 * 2, 400 * 2 * 2)
+    assert (esd.forward, esd.weights) == (1000 * (2 * 25 + 2), 1000)
+    assert (ablation.forward, ablation.weights) == (1000 * 201 * 2 + 400 * 2, 400 * 2 * 2)
     assert (siss.weights, siss.again) == (35 * 16, 35 * 16)
+
+
+def test_sampling_asks_the_unet_as_often_as_generation_does(sd1):
+    calls = []
+    handle = sd1.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    preset = replace(PRESETS["paper"], num_inference_steps=3, seeds=(0,))
+    try:
+        generate(sd1, ["a cat"], seeds=preset.seeds, **preset.sampling, progress=False)
+    finally:
+        handle.remove()
+    generation, *_ = works(preset, SMALL).values()
+    assert generation.forward == 2 * len(calls) == 2 * (3 + 1)  # rows: two for each evaluation, which guidance wants
 
 
 @pytest.mark.slow
@@ -70,7 +83,7 @@ def test_costs_follow_the_settings():
     changed = replace(paper, num_inference_steps=100, attack=replace(paper.attack, steps=100), compared_targets=224)
     table, twice = costs(paper, LEAST), costs(changed, LEAST, speed=50e12)
     ratio = (twice["PFLOP"] / table["PFLOP"]).tolist()
-    assert ratio == pytest.approx([2, 1, 1, 2, 2, 2, 2, 1, 1, 1])  # generation, DoRI and fine-tuning, these with both
+    assert ratio == pytest.approx([101 / 51, 1, 1, 2, 2, 2, 2, 1, 1, 1])  # generation (PNDM), DoRI and fine-tuning
     assert (twice["hours"] / table["hours"]).tolist() == pytest.approx([2 * value for value in ratio])
     assert (twice["GB"] == table["GB"]).all()
     for name, both in table.groupby("method").filter(lambda rows: len(rows) == 2).groupby("method"):

@@ -1,9 +1,14 @@
-"""README's tables are those of figures/."""
+"""README's tables are those of figures/, and its commands, as those of the other documents, work as printed."""
+
+import importlib.util
+import re
+import shlex
 
 import pandas as pd
 import pytest
 
-from dori_utils import readme
+from dori_utils import __main__, book, readme
+from dori_utils.scorecard import BARS
 
 
 def test_the_tables_in_the_readme_are_those_of_the_figures():
@@ -28,3 +33,45 @@ def test_under_the_first_picture_a_copy_is_what_scores_above_the_line(monkeypatc
         "its prompt 0.90 (a copy); pruned with NeMo, its prompt 0.20 and a trigger 0.70 (a copy); "
         "pruned with Wanda, its prompt 0.10 and a trigger 0.70."
     )
+
+
+DOCUMENTS = ["README.md", "docs/cluster.md", "testbed/README.md"]
+COMMAND = re.compile(r"\bpython -m (dori_utils[\w.]*)([^\n;&|]*)")
+
+
+def code_of(name):
+    """All code of a document, blocks and inline, one command a line, without comments."""
+    text = (readme.ROOT / name).read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    code = [*(block.replace("\\\n", " ") for block in blocks), *(" ".join(code.split()) for code in inline)]
+    return re.sub("(^| )# .*", "", "\n".join(code), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_of_the_package_can_be_typed_as_printed(name):
+    commands = COMMAND.findall(code_of(name))
+    assert commands
+    for module, arguments in commands:
+        words = shlex.split(arguments)
+        if module == "dori_utils":
+            assert words[0] in ("audit", "sweep", "download")
+            __main__._parse([word for word in words if word != "--help"] + ["--out", "x"] * (words[-1] == "--help"))
+        else:
+            assert importlib.util.find_spec(module) is not None
+            assert not words or module == "dori_utils.scorecard"
+            assert all(any(bar.name.startswith(word) for bar in BARS) for word in words)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_make_command_has_a_target_and_notebooks_that_exist(name):
+    targets = set(re.findall(r"^([a-z-]+):", (readme.ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target, arguments in re.findall(r'\bmake ([a-z-]+)(?: ARGS="([^"]*)")?', code_of(name)):
+        assert target in targets
+        options = book._parse(shlex.split(arguments))
+        assert book.find_notebooks(options.folder, options.notebooks)
+
+
+def test_python_is_the_one_with_the_package_before_the_first_command_that_needs_it():
+    code = code_of("README.md")
+    assert code.index("make install") < code.index(". .venv/bin/activate") < code.index("python -m dori_utils")

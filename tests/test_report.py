@@ -3,21 +3,24 @@
 import base64
 import io
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from dori_utils import wanda
-from dori_utils.__main__ import main
+from dori_utils.__main__ import PRESET_NAMES, PROMPT_LIST_NAMES, _parse, main
 from dori_utils.attack import AttackConfig, Triggers
 from dori_utils.edits import Edit, base_hash
 from dori_utils.models import load_pipeline, load_unet
 from dori_utils.presets import PRESETS
-from dori_utils.report import conclusion, settings_table, verdicts, write_report
+from dori_utils.report import _words, conclusion, settings_table, verdicts, write_report
 from dori_utils.store import Store
-from dori_utils.targets import read_targets
+from dori_utils.targets import PROMPT_LISTS, read_targets
 
 WANDA = wanda.Config(sparsity=0.3, steps=1, num_inference_steps=2, guidance_scale=3.0)
 
@@ -34,30 +37,99 @@ def make_rows(targets, controls, mitigation="NeMo"):
     return pd.DataFrame(rows)
 
 
-def test_a_verdict_says_from_what_and_after_how_many_steps_an_image_comes_back():
-    rows = make_rows([[0.9, 0.9, 0.9], [0.3, 0.65, 0.8], [0.2, 0.3, 0.4]], [[0.1, 0.2, 0.5]])
+GONE, NEVER = [0.3, 0.4, 0.5], [0.1, 0.2, 0.3]  # not back from anything; a control
+OPEN, HIDDEN = [0.9, 0.9, 0.9], [0.3, 0.5, 0.9]  # back from prompt and trigger; from a trigger alone
+MISSED = [0.9, 0.4, 0.5]  # back from its prompt, and the attack loses it
+
+
+def test_a_verdict_is_what_the_last_step_of_the_attack_found():
+    images = [OPEN, [0.3, 0.65, 0.8], GONE, [0.3, 0.8, 0.6], [0.9, 0.3, 0.8], MISSED]
+    rows = make_rows(images, [[0.1, 0.2, 0.5]])
     table = verdicts(rows).set_index("target")
-    assert table["step"].fillna(-1).to_dict() == {"VM-0": 10, "VM-1": 50, "VM-2": -1, "control-0": -1}
-    assert table.loc["VM-1", ["prompt", "trigger"]].tolist() == pytest.approx([0.3, 0.8])
+    alone, prompt, none = "back from a trigger alone", "back from its prompt", "not back"
+    assert table["verdict"].tolist() == [prompt, alone, none, none, prompt, prompt, none]
+    assert table["step"].fillna(-1).tolist() == [10, 50, -1, -1, 50, -1, -1]
+    assert table["lost"].fillna(-1).tolist() == [-1, -1, -1, 10, -1, -1, -1]
+    assert table["prompt"].tolist() == pytest.approx([of[0] for of in images] + [0.1])
+    assert table["trigger"].tolist() == pytest.approx([of[-1] for of in images] + [0.5])
     rates = settings_table(rows).set_index(["images_of", "attack", "steps"])["rate"]
-    assert rates["targets", "none", 0] == pytest.approx(1 / 3) and rates["targets", "DoRI", 50] == pytest.approx(2 / 3)
+    assert rates["targets", "none", 0] == (table["prompt"] > 0.7).sum() / 6 == 3 / 6
+    assert rates["targets", "DoRI", 50] == (table["trigger"] > 0.7).sum() / 6 == 3 / 6
 
 
-def test_the_conclusion_claims_no_more_than_targets_and_controls_carry():
-    back, gone, never = [0.3, 0.5, 0.9], [0.3, 0.4, 0.5], [0.1, 0.2, 0.3]
-    held = conclusion(make_rows([back] * 16, [never] * 16), "NeMo")
-    assert "0 of 16 images come back from their own prompts, 16 of 16 from a trigger" in held
-    assert "hidden from their prompts, not removed" in held and "brings back 0 of 16" in held
-    injected = conclusion(make_rows([back] * 16, [back] * 16), "NeMo")
-    assert "not clearly more often" in injected and "holds" not in injected
-    few = conclusion(make_rows([back], [never]), "NeMo")
-    assert "not clearly more often" in few  # one image and one control show nothing
-    none = conclusion(make_rows([gone] * 16, [never] * 16), "NeMo")
-    assert "no proof" in none and "holds" not in none
-    weak = conclusion(make_rows([[0.9, 0.4, 0.5]] * 16, [never] * 16), "NeMo")
-    assert "too short or badly set" in weak and "no proof" not in weak
-    plain = conclusion(make_rows([[0.9, 0.9, 0.9]] * 16, [never] * 16), "NeMo")
-    assert "So the model holds these images." in plain
+def test_an_image_that_is_lost_again_is_back_from_the_step_on_at_which_it_stays():
+    rows = make_rows([[0.3, 0.8, 0.9]], [NEVER])
+    late = rows[rows["steps"] == 10].assign(steps=25, sscd=0.4)
+    assert verdicts(pd.concat([rows, late], ignore_index=True)).loc[0, "step"] == 50
+
+
+def test_the_words_of_an_image_are_those_of_its_verdict():
+    words = [
+        _words(verdict, 50)
+        for verdict in verdicts(make_rows([OPEN, HIDDEN, GONE, [0.3, 0.8, 0.6], MISSED], [NEVER])).itertuples()
+    ]
+    assert words[:5] == [
+        "comes back from its prompt, and from a trigger, from 10 steps on",
+        "does not come back from its prompt, but from a trigger, after 50 steps",
+        "comes back neither from its prompt nor from a trigger, after 50 steps",
+        "comes back neither from its prompt nor from a trigger, after 50 steps; "
+        "from one after 10 steps it did, and was lost again",
+        "comes back from its prompt, but not from a trigger, after 50 steps",
+    ]
+
+
+HELD, HIDES = "so the model holds them: neither hidden nor removed", "hidden from their prompts, not removed"
+NOT_SHOWN, NO_PROOF, WEAK = "not show that", "no proof that they are gone", "too short or badly set"
+FEW, SOME, NOT_EACH = "too few images to show", "holds images among these", "if not each of them"
+
+
+@pytest.mark.parametrize(
+    ("targets", "controls", "said"),
+    [
+        pytest.param([OPEN] * 2, [NEVER] * 2, {HELD}, id="two from their prompts are two that are held"),
+        pytest.param([OPEN] * 2, [HIDDEN] * 2, {HELD}, id="whatever the attack puts into controls"),
+        pytest.param([MISSED] * 16, [NEVER] * 16, {HELD, WEAK}, id="whatever the attack finds"),
+        pytest.param([OPEN] * 2, [OPEN] * 2, {NOT_SHOWN}, id="unless controls come back from theirs"),
+        pytest.param([OPEN] * 16, [OPEN] + [NEVER] * 15, {SOME, NOT_EACH}, id="clearly less often"),
+        pytest.param([HIDDEN] * 16, [NEVER] * 16, {HIDES}, id="hidden"),
+        pytest.param([OPEN] * 8 + [HIDDEN] * 8, [NEVER] * 16, {HELD, HIDES}, id="half of them hidden"),
+        pytest.param([OPEN] * 8 + [GONE] * 8, [NEVER] * 16, {HELD, NO_PROOF}, id="half of them not found"),
+        pytest.param([HIDDEN] * 16, [HIDDEN] * 16, {NOT_SHOWN}, id="put in by the attack"),
+        pytest.param([HIDDEN] * 16, [HIDDEN] + [NEVER] * 15, {HIDES, NOT_EACH}, id="some perhaps put in"),
+        pytest.param([HIDDEN] * 2, [NEVER] * 2, {FEW}, id="too few"),
+        pytest.param([HIDDEN] * 4, [NEVER] * 4, {HIDES}, id="four of each, as the advice says"),
+        pytest.param([OPEN] + [HIDDEN] * 2, [NEVER] * 2, {HELD, FEW}, id="one from its prompt, the others too few"),
+        pytest.param([HIDDEN] * 2, [OPEN] * 2, {FEW}, id="no control left whose prompt does not give it"),
+        pytest.param([GONE] * 16, [NEVER] * 16, {NO_PROOF}, id="not found"),
+        pytest.param([[0.3, 0.9, 0.5]] * 16, [NEVER] * 16, {NO_PROOF}, id="found on the way is not found"),
+        pytest.param([GONE], [NEVER], {NO_PROOF}, id="one of each"),
+    ],
+)
+def test_the_conclusion_claims_what_targets_and_controls_carry(targets, controls, said):
+    rows = make_rows(targets, controls)
+    found, table = conclusion(rows, "NeMo"), verdicts(rows)
+    claims = (HELD, HIDES, NOT_SHOWN, NO_PROOF, WEAK, FEW, SOME, NOT_EACH)
+    assert {claim for claim in claims if claim in found.verdict} == said
+    assert found.advice
+    own = table[table["kind"] == "VM"]
+    prompt, trigger = (own["prompt"] > 0.7).sum(), (own["trigger"] > 0.7).sum()
+    alone, count = (own["verdict"] == "back from a trigger alone").sum(), len(own)
+    assert f"own prompts {prompt} of {count} " in found.facts
+    assert f"triggers found in 50 steps {trigger} of {count} " in found.facts
+    assert prompt == 0 or f"{prompt} of {count} images come back from their own prompts" in found.verdict
+    assert alone == 0 or re.search(rf"{alone} of (the other )?{count - prompt}( images)? comes? back", found.verdict)
+
+
+def test_a_mean_has_an_interval_from_eight_images_on_and_it_is_students():
+    from scipy.stats import ttest_1samp
+
+    few = settings_table(make_rows([OPEN, HIDDEN], [NEVER] * 8))
+    assert few.groupby("images_of")["sscd_low"].count().to_dict() == {"targets": 0, "control": 3}
+    means = np.linspace(0.2, 0.9, 9)
+    table = settings_table(make_rows([[mean] * 3 for mean in means], [NEVER]))
+    expected = ttest_1samp(means, 0).confidence_interval(0.95)
+    for row in table[table["images_of"] == "targets"].itertuples():
+        assert (row.sscd_low, row.sscd_high) == pytest.approx((expected.low, expected.high))
 
 
 @pytest.fixture
@@ -122,9 +194,16 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     pictures = re.findall(r'src="data:image/\w+;base64,([^"]+)"', html)
     assert len(pictures) == 1 + 3 * 4 * (1 + 3)  # the curves; mitigations x images x (original, prompt, 1 and 2 steps)
     assert all(max(Image.open(io.BytesIO(base64.b64decode(p))).size) <= 160 for p in pictures[1:])
-    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert not re.search(r'src="(?!data:)', html)  # nothing is fetched; links lead to what is beside it, or inside
+    links = set(re.findall(r'href="([^"]+)"', html))
+    assert {"rows.csv", "table.csv", "verdicts.csv", "steps.png", "triggers/theirs.safetensors"} <= links
+    for link in links:
+        assert f'id="{link[1:]}"' in html if link.startswith("#") else (own_images / "out" / link).is_file()
+    assert html.count("<img") == len(re.findall(r'<img [^>]*alt="[^"]{10,}"', html))
+    assert html.count("<figcaption>never seen<") == html.count("<figcaption>its image<") == 3 * 2
+    assert "What next?" in html and "training image" not in html
     assert all(
-        name in html for name in ("original.", "pruned.", "theirs.", "a # guitar", "steps=2", "seeds", "torch 2")
+        name in html for name in ("original:", "pruned:", "theirs:", "a # guitar", "steps=2", "seeds", "torch 2")
     )
     assert Edit.load(own_images / "pruned.safetensors").fingerprint() in html
     assert "noise 0 (control)" in html and base_hash(pipe) in html
@@ -133,6 +212,14 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     assert set(rows["mitigation"]) == {"original", "pruned", "theirs"}
     assert rows["sscd"].notna().all() and "a # guitar" in set(rows["prompt"])
     assert "num_inference_steps" in html.split("Replay a trigger")[1]
+    figure = r"<figure( class=copy)?>.*?<br>(.*?)<br><span( class=back)?>mean (.*?)</span>"
+    shown = re.findall(figure, html.replace("<figcaption>its image", "").replace("\n", ""))
+    wanted = []  # of each picture, the first seed's: dark frame by its own number, bold mean by the mean
+    for _, group in rows.groupby(["mitigation", "target", "steps"]):
+        own, mean = group.loc[group["seed"] == 0, "sscd"].item(), group["sscd"].mean()
+        frame, bold = " class=copy" * bool(own > 0.7), " class=back" * bool(mean > 0.7)
+        wanted.append((frame, f"{own:.2f}", bold, f"{mean:.2f}"))
+    assert sorted(shown) == sorted(wanted)
     found = Triggers.load(own_images / "out" / "triggers" / "pruned.safetensors")
     edit = Edit.load(own_images / "pruned.safetensors")
     assert [case["target"] for case in found.cases] == ["cat", "dog", "noise 0", "noise 1"]
@@ -168,3 +255,91 @@ def test_the_command_says_what_is_missing(tiny_testbed_folder, own_images, capsy
     assert main(["audit", "--edit", str(pruned), "--limit", "1", *out]) == 1
     assert "Two mitigations are called 'original'" in capsys.readouterr().err
     assert not (own_images / "out").exists()
+
+
+def test_an_audit_finds_out_at_once_that_its_folder_cannot_be(tiny_testbed, own_images):
+    targets, controls = (read_targets(own_images / f"{name}.csv") for name in ("targets", "controls"))
+    (own_images / "taken").write_text("a file")
+    arguments = (PRESETS["smoke"], Store(own_images / "cache"), AttackConfig(steps=1))
+    with pytest.raises(OSError, match="taken"):
+        write_report(own_images / "taken", tiny_testbed, targets, controls, *arguments)
+    assert not (own_images / "cache").exists()
+
+
+def test_help_loads_nothing_heavy():
+    code = """
+import sys
+from dori_utils.__main__ import main
+for arguments in (["--help"], ["audit", "--help"], ["sweep", "--help"], ["audit", "--stepps", "3"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+print("LOADED", sorted({"torch", "diffusers", "transformers", "pandas", "numpy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("LOADED []\n") and "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["audit", "sweep", "download"])
+def test_help_has_examples_and_says_every_default(command, capsys):
+    with pytest.raises(SystemExit):
+        _parse([command, "--help"])
+    out = capsys.readouterr().out
+    text = " ".join(out.split())
+    described = text.split("options:")[1].split("example")[0]
+    for option in re.findall(r" (--[\w-]+) ", described.replace(",", " ")):
+        if option not in ("--help", "--out", "--dry-run"):
+            own = re.search(rf" {option} (.*?)(?= --[\w-]+ [A-Z{{]|$)", described)[1]
+            assert "(default: " in own, option
+    examples = re.findall("^  python -m dori_utils (.*)", out, re.MULTILINE)
+    assert examples and all(_parse(example.split()).command == command for example in examples)
+
+
+def test_the_defaults_in_the_help_are_those_of_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        _parse(["audit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in ("testbed", "paper"):
+        attack = PRESETS[name].attack
+        assert f"steps of the attack (default: {attack.steps})" in text
+        assert f"learning rate of the attack (default: {attack.lr:g})" in text
+        assert f"the attack starts from (default: {attack.start})" in text
+        assert f"of which the best counts (default: {attack.restarts})" in text
+        assert re.search(rf"generations of each [a-z ]+ \(default: [^)]*{name} {len(PRESETS[name].seeds)}\b", text)
+    assert (PRESET_NAMES, PROMPT_LIST_NAMES) == (tuple(sorted(PRESETS)), tuple(sorted(PROMPT_LISTS)))
+
+
+@pytest.mark.parametrize("option", ["--limit", "--seeds", "--steps", "--restarts"])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_numbers_that_make_no_sense_are_refused(option, number, tmp_path, capsys):
+    assert main(["audit", "--out", str(tmp_path / "out"), option, number]) == 1
+    assert capsys.readouterr().err == f"{option} is {number}: give 1 or more.\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lr", ["0", "-1", "nan", "inf"])
+def test_a_learning_rate_that_makes_no_sense_is_refused_before_anything_is_computed(lr, tmp_path, capsys):
+    for command in (["audit", "--lr", lr], ["sweep", "--attack", "dori", f"lr={lr}"]):
+        assert main([*command, "--limit", "1", "--out", str(tmp_path / "out")]) == 1
+        assert capsys.readouterr().err == f"lr is {float(lr)}: a learning rate is above 0.\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FloatingPointError("NaN or infinity in prompt number 1."), "NaN or infinity in prompt number 1.\n"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory.\n"),
+        (FileExistsError(17, "File exists", "report"), "report: File exists.\n"),
+        (KeyboardInterrupt(), "\nInterrupted. Finished cases are kept: the same command goes on from here.\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_may_go_wrong_ends_in_a_sentence(error, said, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("dori_utils.__main__._download", fail)
+    assert main(["download", "sd14"]) == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert capsys.readouterr().err == said

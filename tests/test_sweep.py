@@ -253,7 +253,7 @@ def test_bad_attacks_are_refused(words, message):
         (["--mitigations", "nemmo"], "Unknown mitigation 'nemmo'"),
         (["--mitigations", "none", "none"], "Two mitigations are called 'original'"),
         (["--mitigations", "nemo"], "--nemo-statistics"),
-        (["--limit", "0"], "No targets"),
+        (["--limit", "0"], "--limit is 0: give 1 or more"),
         (["--out", "nowhere://x"], "No store can be at nowhere://x"),
         (["--engine", "ray"], r'pip install "dori_utils\[cluster\]"'),
     ],
@@ -263,6 +263,19 @@ def test_bad_commands_get_one_clear_message(options, tmp_path, monkeypatch, caps
     assert main(["sweep", *options, "--out", str(tmp_path / "out"), *arguments]) == 1
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error
+
+
+def test_a_sweep_of_which_nothing_is_left_points_at_no_tables(options, tmp_path, monkeypatch, capsys):
+    def broken(self, case):
+        raise ValueError("This cannot be computed.")
+
+    monkeypatch.setattr(sweep.Worker, "_compute", broken)
+    command = ["sweep", *options, "--mitigations", "none", "--attack", "none", "--limit", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    message = r"2 of 2 cases failed, the first: [\w-]+, original, none: ValueError: This cannot be computed\. The same"
+    assert re.search(message, error)
+    assert "tables" not in error and not (tmp_path / "out" / "rows.csv").exists()
 
 
 @with_ray
