@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK_LINES = 12
+START_SECONDS = 600  # for a kernel to answer: the first one imports all of `PRELOADED`, on a machine that may be busy
 # Without tqdm's own guess: cells take between no time and half an hour.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 PRELOADED = [
@@ -184,6 +185,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict | None = None, p
             parameters,
             kernel_name="python3",
             kernel_manager_class=ThisPython,
+            start_timeout=START_SECONDS,
             shutdown_kernel="immediate",  # gracefully, it is interrupted first, and reports that as an error
             # Not `cwd`, for which papermill changes this process's own folder, that of the other notebook as well.
             resources={"metadata": {"path": str(notebook.resolve().parent)}},

@@ -45,6 +45,8 @@ PAPER = {
     ("weights", "Wanda", "Y_adv"): (0.569, 0.804, 0.581, 0.742, 0.541, 0.341, 0.256),
 }
 
+MAPS = {"umap": 4, "tsne": 2, "pca": 2}  # methods of `embedding_map`, and how many embeddings each needs
+
 
 @dataclass(frozen=True)
 class Config:
@@ -133,7 +135,14 @@ def embedding_map(prompt_embeds, method="umap", seed=0):
         method: "umap", "tsne" or "pca". The first two keep neighbours and not distances: how far apart two groups lie
             on them means nothing, and they find clusters in noise too. PCA is a projection.
         seed: of the first two.
+
+    Raises:
+        ValueError: an unknown method, or fewer embeddings than it takes: 4 for UMAP, 2 for the others.
     """
+    if method not in MAPS:
+        raise ValueError(f"No map {method!r}; there is {', '.join(MAPS)}.")
+    if len(prompt_embeds) < MAPS[method]:
+        raise ValueError(f"{len(prompt_embeds)} embeddings are too few for a map by {method}: it takes {MAPS[method]}.")
     rows = _flat(prompt_embeds)
     if method == "pca":
         from sklearn.decomposition import PCA
@@ -143,8 +152,6 @@ def embedding_map(prompt_embeds, method="umap", seed=0):
         from sklearn.manifold import TSNE
 
         return TSNE(2, perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed).fit_transform(rows)
-    if method != "umap":
-        raise ValueError(f"No map {method!r}; there is umap, tsne, pca.")
     from umap import UMAP
 
     return UMAP(n_neighbors=min(15, len(rows) - 1), n_jobs=1, random_state=seed).fit_transform(rows)

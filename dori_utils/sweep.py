@@ -17,8 +17,9 @@ import functools
 import logging
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -48,7 +50,7 @@ NUMBERS = ["steps", "seed", "sscd", "sscd_gen", "d_sscd"]  # columns of `audit.a
 ROW = ["mitigation", "target", "attack", "steps", "seed"]  # what names a row
 OBJECT_BYTES = 10**8  # of Ray's shared memory, by default a third of the machine's: cases and results are small
 RETRIES = 20  # of a case whose worker died: fewer are over before Ray has noticed that a node is gone
-START_SECONDS = 900  # for all workers of a cluster to be there and to have loaded the model
+START_SECONDS = 900  # for Ray to start; and for all workers of a cluster to be there and to have loaded the model
 
 
 class CasesFailed(Exception):
@@ -277,7 +279,7 @@ class RayEngine:
         self._ray = _import_ray()
         own = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_BYTES}
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-        self._ray.init(address=address, **quiet, **(own if address == "local" else {}))
+        patiently(self._ray.init, address=address, **quiet, **(own if address == "local" else {}))
         gpus = int(self._ray.cluster_resources().get("GPU", 0))
         self.workers = workers or gpus or 1
         if address == "local" and 0 < gpus < self.workers:
@@ -340,8 +342,32 @@ def started(engine, worker, *arguments, workers=None, address="local"):
         ray.shutdown()
 
 
+def patiently(start, **options):
+    """`start(**options)`, which starts a node of Ray; again, for `START_SECONDS`, if the machine is too busy for it.
+
+    A node is several Python processes that import much. Ray 2.60 gives them 15 seconds in one place and 30 in another,
+    no setting changes that (github.com/ray-project/ray/issues/65983), and all that it says is that "The current node
+    timed out during startup". So it is tried again for this reason, and for no other.
+    """
+    end, own = time.monotonic() + START_SECONDS, psutil.Process()
+    while True:
+        before = own.children()
+        try:
+            return start(**options)
+        except Exception as error:  # Ray has no class of its own for it
+            if "timed out during startup" not in str(error) or time.monotonic() > end:
+                raise
+            warnings.warn("Ray could not start in time: is the machine busy? Trying again.", stacklevel=2)
+        for process in set(own.children()) - set(before):
+            with suppress(psutil.NoSuchProcess):
+                if any("/ray/" in word for word in process.cmdline()):  # half a node, which Ray leaves behind
+                    process.kill()
+
+
 def _import_ray():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(START_SECONDS))  # 30 by default, as the next one
+    os.environ.setdefault("RAY_agent_register_timeout_ms", str(1000 * START_SECONDS))
     try:
         import ray
         import ray.util
@@ -429,7 +455,7 @@ def command(options, preset, targets, controls) -> str:
     """What `python -m dori_utils sweep` does and prints.
 
     Raises:
-        CasesFailed: some cases could not be computed. The tables have the others.
+        CasesFailed: some cases could not be computed. The tables have the others; there are none without any.
     """
     out, plan = options.out.rstrip("/"), plan_of(options, preset)
     cases, store = plan.cases(targets, controls), Store(plan.store)
@@ -443,10 +469,11 @@ def command(options, preset, targets, controls) -> str:
         write_tables(out, tidy_rows(plan, cases, results, about))
     if failed:
         number, error = next(iter(failed.items()))
-        others = f" The others are kept and in the tables in {out}." if len(failed) < len(cases) else ""
+        all_failed = len(failed) == len(cases)
+        others = "No tables were written" if all_failed else f"The others are kept and in the tables in {out}"
         raise CasesFailed(
-            f"{len(failed)} of {len(cases)} cases failed, the first: {cases[number]}: {error.rstrip('.')}.{others} The "
-            "same command tries the failed ones again."
+            f"{len(failed)} of {len(cases)} cases failed, the first: {cases[number]}: {error.rstrip('.')}. {others}; "
+            "the same command tries the failed ones again."
         )
     return f"{len(cases)} cases, {computed} of them computed now. Tables: {out}/rows.csv, table.csv, verdicts.csv"
 

@@ -22,17 +22,17 @@ def target(name, prompt="a cat on a car"):
     return Target(name, prompt, Image.fromarray(pixels), "VM")
 
 
-def neuron_off(pipe, number):
-    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
-    mask = torch.zeros(pipe.unet.get_parameter(name).shape[0], 1, dtype=torch.bool)
-    mask[number] = True
-    return Edit("off", model_hash(pipe), masks={name: mask})
+def values_off(pipe, number):
+    """An edit that switches off the value layers of one down block: much, so that the triggers under it differ."""
+    names = [f"down_blocks.{number}.attentions.{i}.transformer_blocks.0.attn2.to_v.weight" for i in (0, 1)]
+    masks = {name: torch.ones(len(pipe.unet.get_parameter(name)), 1, dtype=torch.bool) for name in names}
+    return Edit("off", model_hash(pipe), masks=masks)
 
 
 def close(found, other):
-    return torch.allclose(found.prompt_embeds, other.prompt_embeds, atol=2e-3) and torch.allclose(
-        found.losses, other.losses, rtol=1e-3
-    )
+    """Equal but for rounding: where a gradient is nearly 0, Adam makes a whole step of it, so not in every number."""
+    apart = (found.prompt_embeds - other.prompt_embeds).abs() > 2e-3
+    return apart.float().mean() < 0.01 and torch.allclose(found.losses, other.losses, rtol=1e-3)
 
 
 def test_the_loss_is_the_one_of_training(pipe):
@@ -85,12 +85,13 @@ def test_cases_are_shared_out_in_batches_of_one_size():
 
 
 def test_each_case_is_attacked_under_its_own_edit(pipe):
-    targets, edits = [target("one"), target("two"), target("one")], [neuron_off(pipe, 0), None, neuron_off(pipe, 1)]
+    targets, edits = [target("one"), target("two"), target("one")], [values_off(pipe, 0), None, values_off(pipe, 1)]
     together = attack(pipe, targets, CONFIG, edits=edits, progress=False)
     for i, edit in enumerate(edits):
         with applied(pipe, edit):
             alone = attack(pipe, [targets[i]], CONFIG, progress=False)
         assert close(together[[i]], alone)
+    assert not close(together[[0]], together[[2]])  # the same image under two edits
     assert [case["mitigation"] for case in together.cases] == ["off", None, "off"]
 
 
@@ -105,7 +106,7 @@ def test_the_model_is_left_as_it_was_even_if_someone_interrupts(sd1):
             sd1,
             [target("one")],
             CONFIG,
-            edits=neuron_off(sd1, 0),
+            edits=values_off(sd1, 0),
             checkpointing=True,
             callback=interrupt,
             progress=False,

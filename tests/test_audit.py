@@ -45,7 +45,8 @@ def store(tmp_path):
 def make_targets(pipe):
     """Two that the pipeline draws itself, so it replicates them, and one that it never would."""
     prompts = ["a cat", "a dog", "a red car"]
-    images = [row[0] for row in generate(pipe, prompts, seeds=[0], **PRESET.sampling, progress=False)]
+    # All seeds at once, as an audit does it: in another batch a pixel may be rounded to its neighbour.
+    images = [row[0] for row in generate(pipe, prompts, seeds=PRESET.seeds, **PRESET.sampling, progress=False)]
     images[2] = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     kinds = ["VM", "VM", "control"]
     return [Target(f"t{i}", p, image, k, 9) for i, (p, image, k) in enumerate(zip(prompts, images, kinds, strict=True))]
@@ -88,7 +89,7 @@ def test_other_weights_are_another_case(tiny_testbed, store):
 def test_rows_are_tidy_and_say_what_made_them(tiny_testbed, store):
     rows = audit(tiny_testbed, make_targets(tiny_testbed), PRESET, store)
     assert list(zip(rows["target"], rows["seed"], strict=True)) == [(f"t{i}", s) for i in range(3) for s in (0, 1)]
-    assert rows.loc[(rows["seed"] == 0) & (rows["kind"] == "VM"), "sscd"].min() > 0.99  # its own image
+    assert rows.loc[(rows["seed"] == 0) & (rows["kind"] == "VM"), "sscd"].min() > 0.9999  # its own image
     assert set(rows.attrs) == {"model", "weights", "sscd", "sampling", "dori_utils"}
     assert "onnx" in rows.attrs["sscd"] and "transform testbed" in rows.attrs["sscd"]
 
@@ -128,9 +129,9 @@ def test_rows_hold_diversity_and_alignment(tiny_testbed, store, clip):
     images = cached_generate(tiny_testbed, prompts, preset.seeds, preset, store, [half] * 3)
     of_half = rows[rows["mitigation"] == "half"]
     expected = diversity(load_sscd().embed_rows(images, PRESET.sscd_transform))
-    assert of_half.groupby("target", sort=False)["d_sscd"].mean().tolist() == pytest.approx(expected, abs=1e-6)
+    assert of_half.groupby("target", sort=False)["d_sscd"].mean().tolist() == pytest.approx(expected, abs=1e-5)
     aligned = [clip_alignment(row, [prompt] * 3, clip).tolist() for row, prompt in zip(images, prompts, strict=True)]
-    assert of_half["alignment"].tolist() == pytest.approx(sum(aligned, []), abs=1e-6)
+    assert of_half["alignment"].tolist() == pytest.approx(sum(aligned, []), abs=1e-5)
     assert rows.attrs["clip"] == "clip0"  # the folder's name
     one_seed = audit(tiny_testbed, targets, dataclasses.replace(PRESET, seeds=(0,)), store)
     assert one_seed["d_sscd"].isna().all() and "alignment" not in one_seed
@@ -155,7 +156,7 @@ def test_clip_features_are_kept_and_belong_to_their_clip(tiny_testbed, store, cl
     prompts, arguments = ["a cat", "a dog"], (PRESET.seeds, PRESET, store)
     features = cached_clip_embeddings(tiny_testbed, prompts, *arguments, clip)
     images = cached_generate(tiny_testbed, prompts, *arguments)
-    assert features.shape[:2] == (2, 2) and features == pytest.approx(clip.embed_rows(images), abs=1e-6)
+    assert features.shape[:2] == (2, 2) and features == pytest.approx(clip.embed_rows(images), abs=1e-5)
     cases = len(list(store.folder.glob("*.npz")))
     cached_clip_embeddings(tiny_testbed, prompts, *arguments, clip)
     other = dataclasses.replace(clip, model=copy.deepcopy(clip.model))
@@ -197,8 +198,8 @@ def test_what_edits_cost_ordinary_prompts_is_compared_caption_by_caption(tiny_te
     assert cost.loc["none", "change"] == 0 and cost.loc["none", "frechet"] == pytest.approx(0, abs=1e-6)
     images = cached_generate(tiny_testbed, captions, PRESET.seeds, PRESET, store, [half, all_off, half])
     aligned = [clip_alignment(row, [c] * 2, clip).mean() for row, c in zip(images, captions, strict=True)]
-    assert cost.loc["two", "alignment"] == pytest.approx(np.mean(aligned), abs=1e-6)
-    assert cost.loc["two", "change"] == pytest.approx(np.mean(aligned) - cost.loc["none", "alignment"], abs=1e-6)
+    assert cost.loc["two", "alignment"] == pytest.approx(np.mean(aligned), abs=1e-5)
+    assert cost.loc["two", "change"] == pytest.approx(np.mean(aligned) - cost.loc["none", "alignment"], abs=1e-5)
     assert cost.loc["two", "low"] <= cost.loc["two", "change"] <= cost.loc["two", "high"]
     assert cost.loc["two", "frechet"] > 1e-4
 

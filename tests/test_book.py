@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dori_utils import book
 
+PATIENCE = 600  # seconds: no test waits so long, unless something is broken
 LIGHT = ["ipykernel.kernelapp", "matplotlib.pyplot"]  # torch and the rest take seconds, and only one test is about them
 
 
@@ -55,8 +57,9 @@ def test_notebooks_run_in_order_and_a_table_of_seconds_follows(folder, capsys):
     printed = capsys.readouterr()
     names, seconds = zip(*(line.split()[:2] for line in printed.out.splitlines()), strict=True)
     assert names == ("00_first", "01_second", "all")
-    assert float(seconds[0]) + float(seconds[1]) <= float(seconds[2]) + 0.11
-    assert "1/2 00_first, about 10 min, in all 60 min left" in printed.err and "00_first: 0." in printed.err
+    assert float(seconds[0]) + float(seconds[1]) <= float(seconds[2]) + 0.151  # three numbers, each within 0.05
+    assert "1/2 00_first, about 10 min, in all 60 min left" in printed.err
+    assert re.search(r"00_first: \d+\.\d min", printed.err)
     assert "2/2 01_second, about " in printed.err and "in all 60" not in printed.err.split("2/2")[1]
 
 
@@ -76,7 +79,7 @@ def test_two_notebooks_run_at_a_time_on_half_of_the_cores_each(folder, monkeypat
 @pytest.mark.slow
 def test_a_notebook_waits_for_what_it_needs_and_the_longest_way_comes_first(folder, capsys):
     append = "open('order.txt', 'a').write('{} ')"
-    wait = "import os, time\nwhile not os.path.exists('order.txt'): time.sleep(0.05)"
+    wait = "import os, time\nwhile not (os.path.exists('order.txt') and open('order.txt').read()): time.sleep(0.05)"
     _write(folder, "00.ipynb", wait, append.format("00"), minutes=1)
     _write(folder, "01.ipynb", append.format("01"), minutes=1, needs=["00"])
     _write(folder, "02.ipynb", append.format("02"), minutes=5, needs=["00", "09"])  # 09 is not among those that run
@@ -89,9 +92,17 @@ def test_a_notebook_waits_for_what_it_needs_and_the_longest_way_comes_first(fold
 
 
 @pytest.mark.slow
-def test_after_a_failure_what_runs_is_waited_for_and_nothing_else_begins(folder, capsys):
+def test_after_a_failure_what_runs_is_waited_for_and_nothing_else_begins(folder, capsys, monkeypatch):
+    write = book.tqdm.write
+
+    def noted(text, **options):
+        write(text, **options)
+        (folder / "said.txt").touch()
+
+    monkeypatch.setattr(book.tqdm, "write", noted)
+    until_said = "import os, time\nfor _ in range(6000):\n    time.sleep(0.1 * (not os.path.exists('said.txt')))"
     _write(folder, "00_fails.ipynb", "1 / 0")
-    _write(folder, "01_slow.ipynb", "import time\ntime.sleep(2)", "open('slow.txt', 'w')")
+    _write(folder, "01_slow.ipynb", until_said, "open('slow.txt', 'w')")
     _write(folder, "02_next.ipynb", "open('ran.txt', 'w')")
     assert _run(folder, kernels=2) == 1
     message = capsys.readouterr().err
@@ -168,7 +179,7 @@ def test_ctrl_c_stops_both_kernels_and_says_that_it_goes_on_from_the_cache(folde
     begun = [folder / "00", folder / "01"]
     _until(lambda: all(file.exists() and file.read_text() for file in begun))
     os.killpg(process.pid, signal.SIGINT)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "goes on from there" in printed and "Traceback" not in printed
     _until(lambda: not any(Path(f"/proc/{file.read_text()}").exists() for file in begun))
 
@@ -187,8 +198,8 @@ def _book_in_a_process(folder, output, **options):
     return subprocess.Popen(command, cwd=book.ROOT, **options)
 
 
-def _until(condition, seconds=120):
-    end = time.monotonic() + seconds
+def _until(condition):
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.1)

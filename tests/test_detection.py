@@ -85,7 +85,7 @@ def test_noise_magnitude_is_the_mean_norm_along_diffusers_own_guided_path(pipe):
 def test_noise_magnitude_of_the_empty_prompt_is_zero_and_of_others_is_not(tiny_testbed):
     scores = noise_magnitude(tiny_testbed, ["", "a cat"], **QUIET)
     assert scores.dtype == np.float32 and scores.shape == (2,)
-    assert scores[0] == pytest.approx(0, abs=1e-6) and scores[1] > 1e-4
+    assert scores[0] < 1e-4 * scores[1] and scores[1] > 1e-4  # not 0: both halves of a batch need not be rounded alike
 
 
 def test_more_steps_than_the_schedule_has_are_refused(sd1):

@@ -136,7 +136,10 @@ def test_half_precision_and_no_targets_are_refused(sd1_folder, sd1, method):
 def test_esd_x_moves_cross_attention_and_esd_u_all_the_rest(pipe, variant, cross):
     edit = esd(pipe, TARGETS, replace(ESD, variant=variant), progress=False)
     names = {name for name, _ in pipe.unet.named_parameters() if (".attn2." in name) == cross}
-    assert set(edit.deltas) == names and names
+    # The middle block attends over a single position here: its attention is 1 whatever queries and keys are, so they
+    # have no gradient, and rounding alone, which is each processor's own, may move them.
+    idle = {f"mid_block.attentions.0.transformer_blocks.0.attn1.{part}.weight" for part in ("to_q", "to_k")}
+    assert names - idle and names - idle <= set(edit.deltas) <= names
 
 
 def esd_loss(pipe, student_edit, generator, chosen, config):

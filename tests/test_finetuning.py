@@ -42,6 +42,15 @@ def run(pipe, config=QUICK, **kwargs):
     return finetune(pipe, TARGETS, SURROGATES, ORDINARY, config, progress=False, **kwargs)
 
 
+def share_apart(edit, other):
+    """Share of all weights that differ by more than a tenth of a step.
+
+    Not 0 for two ways to the same gradients: where one is nearly 0, rounding decides about a whole step of Adam.
+    """
+    difference = torch.cat([(edit.deltas[n] - other.deltas[n]).abs().flatten() for n in other.deltas])
+    return (difference > QUICK.lr / 10).float().mean()
+
+
 def largest_difference(edit, other):
     assert set(edit.deltas) == set(other.deltas)
     return max((edit.deltas[name] - other.deltas[name]).abs().max().item() for name in edit.deltas)
@@ -58,7 +67,9 @@ def test_surrogates_are_the_first_images_that_are_no_copies(tiny_testbed, tmp_pa
     assert finetuning.find_surrogates(*settings) == [row[:2] for row in images]
     originals = [target.image for target in TARGETS]
     scores = sscd_scores(images, originals, transform=preset.sscd_transform, sscd=sscd, progress=False)
-    settings = (*settings[:3], replace(preset, surrogate_sscd=np.sort(scores)[:, 1].max()), *settings[4:])
+    enough = np.sort(scores)[:, 1].max()  # two of each target's images are as dissimilar as that
+    between = (enough + min(scores[scores > enough], default=1.0)) / 2
+    settings = (*settings[:3], replace(preset, surrogate_sscd=between), *settings[4:])
     found = finetuning.find_surrogates(*settings)
     for row, own, of_row in zip(images, found, scores, strict=True):
         few = [image for image, score in zip(row, of_row, strict=True) if score <= settings[3].surrogate_sscd]
@@ -139,14 +150,13 @@ def test_the_first_step_is_a_step_of_adam_on_the_sum_of_both_losses(sd2):
         torch.nn.utils.clip_grad_norm_(sd2.unet.parameters(), 1.0)
         torch.optim.Adam(sd2.unet.parameters(), lr=config.lr).step()
         plain = changed("plain", {}, TARGETS)
-    difference = torch.cat([(edit.deltas[n] - plain.deltas[n]).abs().flatten() for n in plain.deltas])
-    assert (difference > 1e-4).float().mean() < 0.01  # the first step of Adam is +-lr: a gradient near 0 may turn
+    assert share_apart(edit, plain) < 0.01
 
 
 def test_the_ablation_has_prompts_in_the_place_of_triggers(sd1):
     triggers, prompts = run(sd1), run(sd1, replace(QUICK, adversarial=False))
     no_steps = run(sd1, replace(QUICK, attack=replace(QUICK.attack, steps=0)))  # the attack's start: the prompt
-    assert largest_difference(prompts, no_steps) == 0 < largest_difference(prompts, triggers)
+    assert share_apart(prompts, no_steps) < 0.01 < 0.1 < share_apart(prompts, triggers)
 
 
 @pytest.mark.slow

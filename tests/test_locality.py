@@ -66,6 +66,21 @@ def test_an_unknown_map_is_refused():
         embedding_map(clusters(0), "isomap")
 
 
+@pytest.mark.parametrize(("method", "least"), [("umap", 4), ("tsne", 2), ("pca", 2)])
+def test_a_map_says_how_many_embeddings_it_takes(method, least):
+    for count in range(least):
+        with pytest.raises(ValueError, match=f"^{count} embeddings are too few for a map by {method}: .* {least}"):
+            embedding_map(clusters(0)[:count], method)
+
+
+@pytest.mark.parametrize(
+    ("method", "least"), [pytest.param("umap", 4, marks=pytest.mark.slow), ("tsne", 2), ("pca", 2)]
+)
+def test_so_many_embeddings_are_enough(method, least):
+    points = embedding_map(clusters(0)[:least], method)
+    assert points.shape == (least, 2) and np.isfinite(points).all()
+
+
 def test_distances_are_those_of_whole_embeddings():
     embeds = clusters(1)
     matrix = distances(embeds, embeds[:3])

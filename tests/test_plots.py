@@ -262,21 +262,26 @@ def test_an_interactive_map_shows_the_image_under_the_mouse_without_a_network(tm
     page_html = plots.interactive_map(points, plots.IMAGES[:3], ["first", "second", "third"], _squares(3)[0]).data
     (tmp_path / "map.html").write_text(page_html)
     with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        patient = {"timeout": 600_000}  # milliseconds: nothing takes so long, unless something is broken
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=arguments, **patient)
         page = browser.new_page()
+        page.set_default_timeout(patient["timeout"])
         requests = []
         page.on("request", lambda request: requests.append(request.url))
         page.goto(f"file://{tmp_path}/map.html")
         frame = page.frame_locator("iframe")
         frame.locator(".bk-Canvas").wait_for()
-        page.wait_for_timeout(500)
+        page.frames[1].wait_for_function("window.Bokeh?.documents[0]?.is_idle")
         box = frame.locator(".bk-CartesianFrame, .bk-Canvas").first.bounding_box()
-        for step in range(40):  # the toolbar moves the middle down a little
-            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 - 40 + 2 * step)
-            if frame.get_by_text("first").count():
-                break
         tooltip = frame.get_by_text("first")
-        tooltip.wait_for(timeout=10_000)
+        rests = [rest for rest in (20, 100, 500, 2_500) for _ in range(40)]  # milliseconds, more if the machine is busy
+        for step, rest in enumerate(rests):  # the toolbar moves the middle down a little
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 - 40 + 2 * (step % 40))
+            page.wait_for_timeout(rest)
+            if tooltip.count() and tooltip.is_visible():
+                break
+        tooltip.wait_for()
         loaded = frame.locator("img").first.evaluate("image => image.naturalWidth")
         browser.close()
     assert loaded == 8 and not [url for url in requests if url.startswith("http")]

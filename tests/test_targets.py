@@ -5,9 +5,11 @@ import io
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from dori_utils.materials import FolderMaterials
 from dori_utils.targets import PromptList, download_targets, load_targets, read_pairs, read_targets
 
 NEMO = Path(__file__).parents[2] / "shared" / "data" / "nemo"
-FAST = dict(backoff=0.01, timeout=2.0, progress=False)
+PATIENCE = 300.0  # seconds: no test waits so long, unless something is broken
+FAST = dict(backoff=0.01, timeout=PATIENCE, progress=False)
 
 
 def image_bytes(color, size=(40, 30), mode="RGB", format="PNG"):
@@ -158,17 +161,20 @@ def test_waits_double_between_tries(web, monkeypatch):
     monkeypatch.setattr(targets.time, "sleep", waits.append)
     web.pages["/busy"] = 503
     with pytest.raises(targets.requests.HTTPError):
-        targets._get(f"{web.url}/busy", attempts=4, backoff=1.0, timeout=2.0)
+        targets._get(f"{web.url}/busy", attempts=4, backoff=1.0, timeout=PATIENCE)
     assert waits == [1.0, 2.0, 4.0]
 
 
 def test_a_host_that_does_not_exist_or_answer_is_a_reason(publish, web, tmp_path):
     base_url = publish("/a.png")
-    memorized = web.pages["/lists/memorized.csv"].replace(f"{web.url}/a.png".encode(), b"http://127.0.0.1:9/a.png")
-    web.pages["/lists/memorized.csv"] = memorized
-    lists = targets.PROMPT_LISTS["tiny"]
-    targets.PROMPT_LISTS["tiny"] = (PromptList("memorized.csv", hashlib.sha256(memorized).hexdigest()), lists[1])
-    dead = download_targets("tiny", tmp_path, base_url=base_url, **FAST)
+    with socket.socket() as silent:  # a port that is taken, so that nobody else gets it, and refuses everyone
+        silent.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png".encode()
+        memorized = web.pages["/lists/memorized.csv"].replace(f"{web.url}/a.png".encode(), nobody)
+        web.pages["/lists/memorized.csv"] = memorized
+        lists = targets.PROMPT_LISTS["tiny"]
+        targets.PROMPT_LISTS["tiny"] = (PromptList("memorized.csv", hashlib.sha256(memorized).hexdigest()), lists[1])
+        dead = download_targets("tiny", tmp_path, base_url=base_url, **FAST)
     assert dead["reason"].str.startswith("ConnectionError").tolist() == [True]
 
 
@@ -287,20 +293,38 @@ def test_a_server_that_dies_within_an_image_leaves_no_half_file(web, publish, tm
 
 
 def test_ctrl_c_starts_no_further_images(web, publish, tmp_path, monkeypatch):
+    stopped = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, **kwargs):
+            super().shutdown(wait=False, **kwargs)
+            stopped.set()
+            super().shutdown(wait=wait)
+
     def interrupted(reasons, **kwargs):
         yield next(reasons)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(targets, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(targets, "tqdm", interrupted)
     paths = [f"/{i}.png" for i in range(200)]
     web.pages |= {path: image_bytes("red") for path in paths}
+    base_url, answer = publish(*paths), web._answer
+
+    def slow(path):  # whatever comes after the first image, which brings the interruption, takes until then
+        found = answer(path)
+        if path in paths[1:]:
+            stopped.wait(PATIENCE)
+        return found
+
+    web._answer = slow
     with pytest.raises(KeyboardInterrupt):
-        download_targets("tiny", tmp_path, base_url=publish(*paths), workers=2, **FAST)
-    assert len(web.requests) < 100 and not leftovers(tmp_path)
+        download_targets("tiny", tmp_path, base_url=base_url, workers=2, **FAST)
+    assert len(web.requests) <= 2 + 1 + 2 and not leftovers(tmp_path)  # lists, the first image, two under way
 
 
 def test_images_are_fetched_in_parallel(web, publish, tmp_path):
-    together = threading.Barrier(4, timeout=5)  # opens only when four requests are under way
+    together = threading.Barrier(4, timeout=PATIENCE)  # opens only when four requests are under way
     paths = [f"/{i}.png" for i in range(4)]
     web.pages |= {path: image_bytes("red") for path in paths}
     base_url = publish(*paths)

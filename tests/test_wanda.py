@@ -28,12 +28,15 @@ def inputs_of(pipe, prompt, name, config):
     return steps[: config.steps]
 
 
-def slow_mask(pipe, prompts, name, config):
-    """The definition, read out word by word."""
+def slow_masks(pipe, prompts, name, config, tolerance=1e-4):
+    """The definition, read out word by word: what the mask must have, and what it may have.
+
+    They differ in weights whose score is nearly that of the last one taken or left, or that under the empty prompt.
+    """
     weight = pipe.unet.get_submodule(name).weight.detach().numpy()
     empty_steps = inputs_of(pipe, "", name, config)
     prompt_steps = [inputs_of(pipe, prompt, name, config) for prompt in prompts]
-    mask = np.zeros(weight.shape, dtype=bool)
+    must, may = np.zeros((2, *weight.shape), dtype=bool)
     for step in range(config.steps):
         scores = []
         for inputs in (np.concatenate([steps[step] for steps in prompt_steps]), empty_steps[step]):
@@ -42,9 +45,14 @@ def slow_mask(pipe, prompts, name, config):
             norms = np.linalg.norm(rows, axis=0) / len(rows) ** 0.5
             scores.append(np.abs(weight) * norms)
         for i, (score, score_empty) in enumerate(zip(*scores, strict=True)):
-            top = np.argsort(score)[-round(config.sparsity * len(score)) :]
-            mask[i, [j for j in top if score[j] > score_empty[j]]] = True
-    return mask
+            order = np.argsort(score)
+            taken = round(config.sparsity * len(score))
+            last_taken, first_left = score[order[-taken]], score[order[-taken - 1]]
+            more, less = score * (1 + tolerance), score * (1 - tolerance)
+            must[i] |= (less > first_left) & (less > score_empty)
+            may[i] |= (more > last_taken) & (more > score_empty)
+    assert (must <= may).all() and (must != may).mean() < 0.01
+    return must, may
 
 
 def test_a_hand_made_layer_loses_what_the_formula_says():
@@ -66,8 +74,9 @@ def test_layers_are_the_sixteen_of_stable_diffusion(pipe):
 def test_the_mask_is_that_of_the_definition(pipe):
     name = "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
     (edit,) = wanda.localize_each(pipe, targets("a cat on a red car"), CONFIG, batch_size=1)
-    expected = slow_mask(pipe, ["a cat on a red car"], name, CONFIG)
-    assert (edit.masks[f"{name}.weight"].numpy() == expected).mean() > 0.999  # ties in the last bit
+    must, may = slow_masks(pipe, ["a cat on a red car"], name, CONFIG)
+    found = edit.masks[f"{name}.weight"].numpy()
+    assert (must <= found).all() and (found <= may).all()
     assert 0 < edit.sparsity()[f"{name}.weight"] <= 0.3  # at most a tenth a step
     assert (edit.method, edit.targets, edit.model) == ("Wanda", ("t0",), model_hash(pipe))
 
@@ -77,15 +86,22 @@ def test_a_set_is_pruned_for_all_its_prompts_together(sd1):
     name = "down_blocks.0.attentions.1.transformer_blocks.0.ff.net.2"
     prompts = ["a cat", "a dog and grapes", "the violin"]
     edit = wanda.localize(sd1, targets(*prompts), CONFIG)
-    assert (edit.masks[f"{name}.weight"].numpy() == slow_mask(sd1, prompts, name, CONFIG)).mean() > 0.999
+    found, (must, may) = edit.masks[f"{name}.weight"].numpy(), slow_masks(sd1, prompts, name, CONFIG)
+    assert (must <= found).all() and (found <= may).all()
     assert edit.targets == ("t0", "t1", "t2")
 
 
 def test_a_target_does_not_depend_on_its_neighbours(sd1):
     alone = wanda.localize_each(sd1, targets("a dog"), CONFIG)[0]
     among = wanda.localize_each(sd1, targets("a cat", "a dog", "grapes"), CONFIG, batch_size=4)[1]
-    same = [(alone.masks[name] == mask).float().mean().item() for name, mask in among.masks.items()]
-    assert min(same) > 0.999
+    embeds = encode_prompts(sd1, ["a cat", "a dog"])
+    norms, beside = (wanda.activation_norms(sd1, some, CONFIG) for some in (embeds[1:], embeds))
+    for name, norm in norms.items():
+        torch.testing.assert_close(beside[name][1], norm[0], rtol=1e-4, atol=1e-7)
+    for name, mask in list(among.masks.items())[::5]:  # of each resolution one
+        must, may = slow_masks(sd1, ["a dog"], name.removesuffix(".weight"), CONFIG)
+        for found in (alone.masks[name].numpy(), mask.numpy()):
+            assert (must <= found).all() and (found <= may).all(), name
 
 
 def test_the_empty_prompt_loses_nothing(sd1):

@@ -1,14 +1,13 @@
 """The live attack does what `attack` does, only in a thread; the widget is clicked through, also in a browser."""
 
+import json
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 CONFIG = AttackConfig(steps=5, batch_size=2)
 PRESET = replace(PRESETS["smoke"], attack=CONFIG)
 ENDLESS = replace(CONFIG, steps=10_000)
+PATIENCE = 600  # seconds: no test waits so long, unless something is broken
 
 
 def noise(seed):
@@ -72,7 +72,7 @@ def endless(pipe, sscd, *case):
     live = LiveAttack(pipe, PRESET, sscd, on_update=lambda live: live.step > 5 and past.set())
     live.start(*case, ENDLESS)
     try:
-        assert past.wait(60), live.error
+        assert past.wait(PATIENCE), live.error
         yield live
     finally:
         live.stop()
@@ -166,7 +166,7 @@ def test_one_runs_at_a_time(sd1, sscd):
 def test_an_error_is_kept_and_the_next_one_runs(sd1, sscd):
     live = ended(LiveAttack(sd1, PRESET, sscd), TARGETS[2])
     assert isinstance(live.error, ValueError) and "lost has no image" in str(live.error)
-    ended(live, TARGETS[0], None, replace(CONFIG, lr=1e30))
+    ended(live, TARGETS[0], None, replace(CONFIG, lr=float("inf")))
     assert "no longer a number at step 2: try a smaller learning rate" in str(live.error)
     ended(live, TARGETS[0], None, CONFIG)
     assert live.error is None and live.triggers.cases[0]["steps"] == 5
@@ -231,7 +231,7 @@ def test_start_and_stop_take_turns(widget):
     widget.steps.value = 10_000
     assert not widget.start_button.disabled and widget.stop_button.disabled
     widget.start_button.click()
-    assert under_way.wait(60)
+    assert under_way.wait(PATIENCE)
     assert widget.start_button.disabled and not widget.stop_button.disabled and widget.target.disabled
     widget.stop_button.click()
     widget.live.wait()
@@ -269,30 +269,24 @@ widget""",
 @contextmanager
 def jupyter_lab(folder):
     """The address of a JupyterLab that has its notebooks and all its settings in the folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port, token = free.getsockname()[1], secrets.token_hex()
+    token = secrets.token_hex()
     places = {f"JUPYTER_{what}_DIR": str(folder / what) for what in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     places["OMP_NUM_THREADS"] = "1"  # for a tiny model, in the company of a browser
-    options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}"]
+    options = [f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}", "--ServerApp.port_retries=1000"]
     options += ["--no-browser", "--allow-root", "--LabApp.extension_manager=readonly"]
     with open(folder / "log", "w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
+    about = folder / "RUNTIME" / f"jpserver-{server.pid}.json"  # written when it listens, at a port that was free
     try:
-        for _ in range(300):
+        while not (about.exists() and about.read_text().endswith("}")):
             assert server.poll() is None, (folder / "log").read_text()
-            try:
-                urllib.request.urlopen(f"{address}/api?token={token}", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"{address}/lab/tree/live.ipynb?token={token}"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{json.loads(about.read_text())['port']}/lab/tree/live.ipynb?token={token}"
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(PATIENCE)
 
 
 @pytest.mark.slow
@@ -300,15 +294,16 @@ def jupyter_lab(folder):
 def test_in_jupyterlab_one_can_choose_start_watch_stop_and_read_errors(tiny_testbed_folder, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     expect = playwright.expect
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=1000 * PATIENCE)
     cells = [new_code_cell(source.format(folder=str(tiny_testbed_folder))) for source in NOTEBOOK]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "live.ipynb")
     with jupyter_lab(tmp_path) as address, playwright.sync_playwright() as browsers:
         arguments = ["--no-sandbox", "--disable-gpu"]
-        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        patient = {"timeout": 1000 * PATIENCE}
+        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=arguments, **patient)
         page = browser.new_page(viewport={"width": 1300, "height": 900})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.goto(address)
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         notebook_cells = page.locator(".jp-Notebook .jp-CodeCell")
