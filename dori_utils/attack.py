@@ -26,8 +26,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
-from tqdm.auto import tqdm
 
+from .bars import tqdm
 from .edits import applied_by_row, known_base, read_safetensors, write_safetensors
 from .generation import encode_images, encode_prompts, latent_size
 

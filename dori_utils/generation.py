@@ -14,8 +14,8 @@ import copy
 from contextlib import nullcontext
 
 import torch
-from tqdm.auto import tqdm
 
+from .bars import tqdm
 from .edits import applied_by_row, known_base
 
 # CPU: 32 testbed images (16 x 16 latents), or two of Stable Diffusion (64 x 64).

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
+from .bars import tqdm
 from .similarity import to_rgb
 from .store import data_folder
 
