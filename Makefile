@@ -28,8 +28,13 @@ lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstri
 	$(BIN)/ruff check
 	$(BIN)/nbstripout --verify --keep-id $(wildcard notebooks/*.ipynb) < /dev/null
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(STAMP) $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb)) ## open copies of the notebooks, in lab/, in JupyterLab
+	$(BIN)/jupyter lab --ServerApp.root_dir=. lab/00_start_here.ipynb
+
+# JupyterLab saves outputs into what it runs: not into the committed notebooks. A copy is yours, and never overwritten.
+lab/%.ipynb: | notebooks/%.ipynb
+	@mkdir -p lab
+	cp $| $@
 
 scorecard: $(STAMP) ## measure every bar and write figures/scorecard.json
 	$(BIN)/python -m dori_utils.scorecard
