@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COPIES := $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb))
 
 .PHONY: help figures test test-fast test-slow lint lab scorecard bench
 
@@ -28,10 +29,11 @@ lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstri
 	$(BIN)/ruff check
 	$(BIN)/nbstripout --verify --keep-id $(wildcard notebooks/*.ipynb) < /dev/null
 
-lab: $(STAMP) $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb)) ## open copies of the notebooks, in lab/, in JupyterLab
-	$(BIN)/jupyter lab --ServerApp.root_dir=. lab/00_start_here.ipynb
+lab: $(STAMP) $(COPIES) ## open copies of the notebooks, in lab/, in JupyterLab
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start_here.ipynb
 
-# JupyterLab saves outputs into what it runs: not into the committed notebooks. A copy is yours, and never overwritten.
+# JupyterLab saves outputs into what it runs: not into the committed notebooks. A copy is yours and never overwritten; for
+# a new one, delete it.
 lab/%.ipynb: | notebooks/%.ipynb
 	@mkdir -p lab
 	cp $| $@

@@ -216,7 +216,8 @@ def test_make_lab_opens_copies_that_are_the_users_and_ignored_by_git(tmp_path):
     copies = lab()
     assert copies == {path.name: path.read_bytes() for path in NOTEBOOKS}
     opened = (tmp_path / "calls").read_text().split()
-    assert "--ServerApp.root_dir=." in opened and (tmp_path / opened[-1]).is_file(), "README and figures in reach"
+    assert "--ServerApp.root_dir=." in opened, "README and figures are in reach"
+    assert (tmp_path / opened[-1].removeprefix("--LabApp.default_url=/lab/tree/")).is_file()
 
     (tmp_path / "lab" / NOTEBOOKS[0].name).write_text("mine")
     os.utime(tmp_path / "notebooks" / NOTEBOOKS[0].name)

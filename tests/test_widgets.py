@@ -316,6 +316,19 @@ pipe = load_pipeline({folder!r}, device="cpu")
 widget = attack_widget(pipe, TARGETS, {{"original": None, "off": neuron_off(pipe, 0)}}, PRESET)
 widget""",
     "print('answered while it ran:', widget.live.running)",
+    """from dori_utils.bars import tqdm
+from dori_utils.plots import image_grid, save_figure, use_style
+
+for _ in tqdm(range(2), mininterval=0):
+    for _ in tqdm(range(2), mininterval=0):
+        pass
+image_grid([[TARGETS[0].image]])""",
+    """import matplotlib.pyplot as plt
+import pandas as pd
+
+use_style()
+fig, ax = plt.subplots()
+save_figure(fig, pd.DataFrame({{"a": [1]}}), "saved")""",
 ]
 
 
@@ -327,6 +340,7 @@ def jupyter_lab(folder):
         port, token = free.getsockname()[1], secrets.token_hex()
     places = {f"JUPYTER_{what}_DIR": str(folder / what) for what in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    places["DORI_FIGURES"] = str(folder / "figures")
     places["OMP_NUM_THREADS"] = "1"  # for a tiny model, in the company of a browser
     options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}"]
     options += ["--no-browser", "--allow-root", "--LabApp.extension_manager=readonly"]
@@ -395,4 +409,20 @@ def test_in_jupyterlab_one_can_choose_start_watch_stop_and_read_errors(tiny_test
         page.get_by_label("steps", exact=True).press("Enter")
         start.click()
         page.get_by_text("Done after step 3").wait_for()
+
+        for number in (2, 3):
+            notebook_cells.nth(number).locator(".cm-content").click()
+            page.keyboard.press("Control+Enter")
+            expect(notebook_cells.nth(number).locator(".jp-OutputArea img")).to_have_count(1)
+        page.keyboard.press("Control+s")
+        for _ in range(600):
+            saved = nbformat.read(tmp_path / "live.ipynb", as_version=4).cells[2:]
+            if saved[-1].outputs:
+                break
+            time.sleep(0.1)
+        for cell in saved:
+            words = [output.text.strip() for output in cell.outputs if output.output_type == "stream"]
+            pictures = [output.data for output in cell.outputs if output.output_type != "stream"]
+            assert set(words) <= {""} and not [output for output in cell.outputs if output.get("name") == "stderr"]
+            assert len(pictures) == 1 and set(pictures[0]) == {"image/png", "text/plain"}, "no widget, no path"
         browser.close()
