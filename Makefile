@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COPIES := $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb))
 
 .PHONY: help install figures test test-fast test-slow lint lab scorecard bench
 
@@ -30,8 +31,14 @@ lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstri
 	$(BIN)/ruff check
 	$(BIN)/nbstripout --verify --keep-id $(wildcard notebooks/*.ipynb) < /dev/null
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(STAMP) $(COPIES) ## open copies of the notebooks, in lab/, in JupyterLab
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start_here.ipynb
+
+# JupyterLab saves outputs into what it runs: not into the committed notebooks. A copy is yours and never overwritten; for
+# a new one, delete it.
+lab/%.ipynb: | notebooks/%.ipynb
+	@mkdir -p lab
+	cp $| $@
 
 scorecard: $(STAMP) ## measure every bar and write figures/scorecard.json
 	$(BIN)/python -m dori_utils.scorecard

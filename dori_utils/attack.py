@@ -24,12 +24,15 @@ import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import SupportsIndex
 
 import torch
-from tqdm.auto import tqdm
 
+from .arguments import listed
+from .bars import tqdm
 from .edits import applied_by_row, as_array, known_base, read_safetensors, write_safetensors
 from .generation import encode_images, encode_prompts, latent_size
+from .targets import Target
 
 REPLAY = """import torch; from diffusers import StableDiffusionPipeline; from safetensors.torch import load_file
 pipe = StableDiffusionPipeline.from_pretrained(MODEL)
@@ -150,13 +153,16 @@ def attack(
         `Triggers`, one for each case.
 
     Raises:
+        TypeError: targets that are no list of `Target`s, or seeds that are none of integers.
         ValueError: a target without image, or as many edits, starts or seeds as do not fit the targets.
 
     A case whose loss is no longer finite stops there and keeps its last embedding; a warning says which.
     """
     config = config or AttackConfig()
+    targets = listed("targets", targets, Target, "a list of Targets, as load_targets and read_targets return")
     edits = list(edits) if isinstance(edits, list | tuple) else [edits] * len(targets)
-    seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
+    seeds = [config.seed] * len(targets) if seeds is None else seeds
+    seeds = listed("seeds", seeds, SupportsIndex, "a list of integers, one for each target")
     _check(pipe, targets, edits, seeds, starts)
     attempts = []
     for attempt in range(config.restarts):

@@ -21,14 +21,16 @@ from PIL import Image
 
 from . import __version__, nemo
 from .adaptive import time_to_copy
+from .arguments import check_preset, listed
 from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
-from .edits import Edit, base_hash, check_fits, current_hash, hashed_once
+from .edits import Edit, base_hash, check_fits, current_hash, exclusive, hashed_once
 from .generation import _scheduler, generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
 from .pictures import to_rgb
 from .similarity import SSCD, TRANSFORMS, load_sscd
 from .store import canonical_json
+from .targets import Target
 
 
 def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[list[Image.Image]]:
@@ -120,7 +122,12 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
 
     Returns:
         Rows (prompt, detector, score, evaluations, seconds): evaluations of the U-Net and seconds, both for one prompt.
+
+    Raises:
+        TypeError: prompts that are no list of texts, or a preset's name.
     """
+    check_preset(preset)
+    prompts = listed("prompts", prompts, str, "a list of texts")
     sscd = sscd or load_sscd()
     steps = preset.num_inference_steps
     settings = {"seeds": preset.detection_seeds, "num_inference_steps": steps, "progress": False}
@@ -170,9 +177,10 @@ def _timed_cases(pipe, cases: list[dict], compute, store) -> list[dict]:
         seconds = (time.perf_counter() - start) / len(chosen)
         return [{**result, "seconds": seconds} for result in results]
 
-    key = {"model": current_hash(pipe), **_beside_weights(pipe)}
     batch_size = max(1, 32 // len(cases[0]["seeds"]))
-    return store.map([case | key for case in cases], timed, batch_size=batch_size, desc=cases[0]["what"])
+    with exclusive(pipe):  # weights stay what the key says
+        key = {"model": current_hash(pipe), **_beside_weights(pipe)}
+        return store.map([case | key for case in cases], timed, batch_size=batch_size, desc=cases[0]["what"])
 
 
 def _beside_weights(pipe) -> dict:
@@ -200,6 +208,11 @@ def audit(
     """Generate every target's prompt, under every mitigation, and compare with its image; then attack, and again.
 
     Args:
+        pipe: a `StableDiffusionPipeline`, without an edit applied to it.
+        targets: list of N `Target`s with an image.
+        preset: a `Preset`, for sampling, seeds and SSCD's transform.
+        store: a `Store`; what it holds is not computed again.
+        sscd: an `SSCD`; default: `load_sscd()`.
         edits: mitigation's name → one `Edit` for all targets, a list with one for each, or None for the model as it
             is; default: {"none": None}.
         clip: of `metrics.load_clip`, for the column alignment.
@@ -221,9 +234,14 @@ def audit(
         made it: model, weights, SSCD, transform, sampling, version, attack.
 
     Raises:
+        TypeError: targets or controls that are no lists of `Target`s, or a preset's name.
         ValueError: a list of edits that is not as long as the targets, an edit of another model, or starts that do not
             fit; before anything is computed.
     """
+    check_preset(preset)
+    of_targets = "a list of Targets, as load_targets and read_targets return"
+    targets = listed("targets", targets, Target, of_targets)
+    controls = listed("controls", controls, Target, of_targets)
     sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
     if starts is not None and (control_pipe is not None or len(starts) != len(everyone)):
         raise ValueError("starts: one for each target and then each control, and only without control_pipe.")
@@ -403,7 +421,8 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
 
     def compute(numbers: list[int]) -> list[dict]:
         embeds = {} if prompt_embeds is None else {"prompt_embeds": prompt_embeds[numbers]}
-        found = localize_each(pipe, [targets[i] for i in numbers], config=config, **embeds, **kwargs)
+        with exclusive(pipe):
+            found = localize_each(pipe, [targets[i] for i in numbers], config=config, **embeds, **kwargs)
         return [edit.to_arrays() for edit in found]
 
     results = store.map(cases, _of_numbers(compute, cases), batch_size=64, progress=False)
@@ -416,7 +435,8 @@ def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
     about |= {"model": base_hash(pipe), **_beside_weights(pipe)}
 
     def compute() -> dict:
-        found = nemo.collect_statistics(pipe, captions, config)
+        with exclusive(pipe):
+            found = nemo.collect_statistics(pipe, captions, config)
         return {name: tensor.numpy() for name, tensor in found.tensors().items()} | {"tau": found.tau}
 
     kept = store.fetch(about, compute)

@@ -12,8 +12,10 @@ that it takes so) is through before it begins. Of two that want the same trainin
 and what the other has saved before a further batch is not computed again (`Store.map`); what both begin at the same
 moment, both compute.
 
-A notebook runs as it does in JupyterLab: in a fresh kernel, with notebooks/ as its working directory. Its figures go to
-figures/ (`plots.save_figure`), its executed copy, saved after each cell, to build/notebooks/, which git ignores.
+A notebook runs as it does in JupyterLab: in a fresh kernel, with notebooks/ as its working directory. Its executed
+copy, saved after each cell, goes to build/notebooks/, which git ignores. The figures of this repository's notebooks go
+to figures/, which README shows; with other parameters (-p), and those of notebooks of one's own, to build/figures/; and
+all of them to the folder in the environment variable DORI_FIGURES, if there is one (`plots.save_figure`).
 
 papermill does the work: it knows parameters, progress and how to keep a notebook that failed. Two things are stricter
 here: the kernel is the Python that runs this module, never one that the user registered under the same name; and a
@@ -186,6 +188,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict | None = None, p
             kernel_name="python3",
             kernel_manager_class=ThisPython,
             start_timeout=START_SECONDS,
+            coalesce_streams=True,  # of a progress bar only its last state, as in JupyterLab
             shutdown_kernel="immediate",  # gracefully, it is interrupted first, and reports that as an error
             # Not `cwd`, for which papermill changes this process's own folder, that of the other notebook as well.
             resources={"metadata": {"path": str(notebook.resolve().parent)}},
@@ -298,6 +301,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _settle_folders(as_committed: bool):
+    """Where kernels put figures; and folders in the environment as they are meant here, not in notebooks/."""
+    if not os.environ.get("DORI_FIGURES"):
+        os.environ["DORI_FIGURES"] = str(ROOT / ("figures" if as_committed else "build/figures"))
+    for name in ("DORI_FIGURES", "DORI_CACHE", "DORI_DATA", "DORI_SSCD"):
+        place = os.environ.get(name)
+        if place and "://" not in place:  # a store may be at a URL
+            os.environ[name] = str(Path(place).expanduser().resolve())
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     parameters = {name: _value(text) for name, text in options.parameters}
@@ -307,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         notebooks = find_notebooks(options.folder, options.notebooks)
         kernels = min(kernels, len(notebooks))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // kernels)))  # torch's threads in a kernel
+        _settle_folders(as_committed=not parameters and options.folder.resolve() == ROOT / "notebooks")
         seconds = run_book(notebooks, options.output, parameters, kernels)
     except (NotebookError, FileNotFoundError, ValueError) as error:
         print(f"\n{error}", file=sys.stderr)
@@ -314,6 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped. What was computed is in the cache: the same command goes on from there.", file=sys.stderr)
         return 130
+    print(f"Figures are in {os.environ['DORI_FIGURES']}.", file=sys.stderr)
     for name, value in (seconds | {"all": time.perf_counter() - start}).items():
         print(f"{name:<40} {value:8.1f} s")
     return 0

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from . import metrics
+from .bars import tqdm
 from .generation import encode_prompts, initial_latents
 from .similarity import load_sscd
 

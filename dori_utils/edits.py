@@ -13,6 +13,7 @@ ours. How much two edits have in common is `iou`.
 
 import hashlib
 import json
+import threading
 import uuid
 import weakref
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ import torch
 from .models import differing_settings, listed, model_hash, todays_hash
 
 _BASE = weakref.WeakKeyDictionary()  # a U-Net that edits are applied to → the hash of its pipeline without them
+_LOCKS = weakref.WeakKeyDictionary()  # a U-Net → the lock of the thread that counts on its weights, or edits them
 _NOW = weakref.WeakKeyDictionary()  # a U-Net → the hash of its pipeline with them, within `hashed_once`
 
 
@@ -319,15 +321,38 @@ def base_hash(pipe):
 
 
 @contextmanager
-def known_base(pipe):
-    """Yields `base_hash`, and within it that is not computed again: hashing a large model takes seconds."""
-    outermost = pipe.unet not in _BASE
-    _BASE[pipe.unet] = base = base_hash(pipe)
+def exclusive(pipe):
+    """Within it the weights of the U-Net are this thread's affair; an edit is in them for whichever thread looks.
+
+    Raises:
+        RuntimeError: they are another thread's. To wait could take for ever, if that one waits for this.
+    """
+    lock = _LOCKS.setdefault(pipe.unet, threading.RLock())
+    if not lock.acquire(blocking=False):
+        raise RuntimeError(
+            "Another thread is at work with this pipeline and may have an edit in its weights: wait until it is done, "
+            "or load the model once more for this one."
+        )
     try:
-        yield base
+        yield
     finally:
-        if outermost:
-            del _BASE[pipe.unet]
+        lock.release()
+
+
+@contextmanager
+def known_base(pipe):
+    """Yields `base_hash`, and within it that is not computed again: hashing a large model takes seconds.
+
+    It is `exclusive`, and so is whatever applies edits.
+    """
+    with exclusive(pipe):
+        outermost = pipe.unet not in _BASE
+        _BASE[pipe.unet] = base = base_hash(pipe)
+        try:
+            yield base
+        finally:
+            if outermost:
+                del _BASE[pipe.unet]
 
 
 def current_hash(pipe):

@@ -259,10 +259,10 @@ def _duration(hours):
 
 
 if __name__ == "__main__":
-    from .plots import csv_text, figures_folder
+    from .plots import FIGURES, csv_text, figures_folder
     from .presets import PRESETS
 
     table = costs(PRESETS["paper"])
     table.attrs["about"] = ABOUT
-    (figures_folder() / "estimate.csv").write_text(csv_text(table), encoding="utf-8")
+    (figures_folder(FIGURES) / "estimate.csv").write_text(csv_text(table), encoding="utf-8")
     print(f"{as_markdown(table)}\n\n{ABOUT}")

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
+from .bars import tqdm
 from .edits import Edit, known_base
 
 

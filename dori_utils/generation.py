@@ -11,12 +11,13 @@ Shapes: N cases; T tokens and D channels of an embedding; C, H, W of a latent; p
 """
 
 import copy
-from contextlib import nullcontext
+from typing import SupportsIndex
 
 import torch
-from tqdm.auto import tqdm
 
-from .edits import applied_by_row, known_base
+from .arguments import listed
+from .bars import tqdm
+from .edits import applied_by_row, exclusive, known_base
 from .pictures import to_rgb
 
 # CPU: 32 testbed images (16 x 16 latents), or two of Stable Diffusion (64 x 64).
@@ -57,10 +58,11 @@ def generate(
         A list of N lists of S PIL images.
 
     Raises:
+        TypeError: prompts or seeds that are no lists of texts or integers.
         ValueError: neither or both of prompts and prompt_embeds, wrong shapes, a prompt that is too long.
         FloatingPointError: NaN or infinity in a result, with the case that it is from.
     """
-    seeds = list(seeds)
+    seeds = listed("seeds", seeds, SupportsIndex, "a list of integers, such as range(4)")
     if not seeds:
         raise ValueError("No seeds: give at least one, for example seeds=[0].")
     batch_size = _default_batch_size(pipe) if batch_size is None else batch_size
@@ -76,7 +78,7 @@ def generate(
 
     images = []
     bar = tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress)
-    with bar, known_base(pipe) if any(edits) else nullcontext():
+    with bar, known_base(pipe) if any(edits) else exclusive(pipe):
         for batch in batches:
             rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
             with applied_by_row(pipe, [edits[row] for row in rows]):
@@ -102,7 +104,7 @@ def encode_prompts(pipe, prompts, *, truncate=False):
     Raises:
         ValueError: a prompt has more tokens than the model takes, unless `truncate` (then diffusers warns).
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) else listed("prompts", prompts, str, "a list of texts")
     if not prompts:
         raise ValueError("No prompts: give at least one.")
     if not truncate:

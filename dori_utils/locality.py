@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.spatial.distance import cdist
-from tqdm.auto import tqdm
 
 from .attack import AttackConfig
 from .audit import cached_attack, cached_embeddings
+from .bars import tqdm
 from .edits import Edit, check_comparable
 from .generation import denoise, initial_latents
 from .nemo import neurons

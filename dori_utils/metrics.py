@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
+from .bars import tqdm
 from .pictures import open_picture, to_rgb
 from .store import data_folder
 

@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
+from .bars import tqdm
 from .detection import PAIRWISE, ddim, first_step_change, first_step_similarity, pairwise_similarity
 from .edits import Edit, base_hash, union
 from .generation import encode_prompts, initial_latents

@@ -15,7 +15,6 @@ import html
 import io
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from sklearn.metrics import roc_curve
 
+from .bars import in_notebook
 from .metrics import THRESHOLD as COPY  # an SSCD above this counts as a copy
 
 KINDS = {"VM": "#2E002E", "TM": "#79167C", "ladder": "#CA2C74", "once": "#CC9E79", "control": "#BDBDBD"}
@@ -51,6 +51,7 @@ DPI = 200
 CAPTION = 7  # points, of what stands under an image
 SCORES = LinearSegmentedColormap.from_list("scores", ["#E8E8E8", KINDS["VM"]])  # borders: SSCD 0 → 1, a verbatim copy
 ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "figures"  # committed: README shows them
 
 
 def use_style() -> None:
@@ -88,13 +89,18 @@ def layer_label(name: str) -> str:
     return block if number is None else f"{block} {number}.{attention}"
 
 
-def figures_folder() -> Path:
-    """Where figures go: the environment variable DORI_FIGURES, else figures/ in the repository."""
-    return Path(os.environ.get("DORI_FIGURES") or ROOT / "figures")
+def figures_folder(default: Path = ROOT / "build" / "figures") -> Path:
+    """Where figures go: the environment variable DORI_FIGURES, else by default build/figures/, which git ignores.
+
+    So whoever tries a notebook changes no committed file. The commands that make `FIGURES` say so.
+    """
+    return Path(os.environ.get("DORI_FIGURES") or default)
 
 
-def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
+def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> None:
     """Writes NAME.png and, beside it, NAME.csv with the numbers that the figure shows; a notebook shows the PNG itself.
+
+    Both go to `figures_folder`.
 
     The same figure and table give the same bytes: the PNG carries no date and no version, and the CSV has six
     significant digits, so that a rerun shows up in version control only where a result has changed.
@@ -104,9 +110,6 @@ def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
             what its `attrs` say of model, SSCD and version as lines with a # in front: read it with
             `pd.read_csv(path, comment="#")`.
         name: the stem of both files, such as "01_roc".
-
-    Returns:
-        The path of the PNG.
 
     Raises:
         ValueError: the table is empty, or the name has a folder or an ending in it.
@@ -120,15 +123,13 @@ def save_figure(fig: Figure, table: pd.DataFrame, name: str) -> Path:
     folder = figures_folder()
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / f"{name}.csv", csv_text(table).encode())
-    path = _replace(folder / f"{name}.png", picture.getvalue())
-    _show_saved(fig, picture)
-    return path
+    _replace(folder / f"{name}.png", picture.getvalue())
+    if in_notebook():
+        _show(fig, picture)
 
 
-def _show_saved(fig: Figure, picture: io.BytesIO) -> None:
-    """In a notebook, shows the picture and closes the figure, which would be drawn once more at the end of the cell."""
-    if "IPython" not in sys.modules or not hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
-        return
+def _show(fig: Figure, picture: io.BytesIO) -> None:
+    """Shows the picture in the notebook; closes the figure, which would be drawn once more at the end of the cell."""
     from IPython.display import Image as Shown
     from IPython.display import display
 
@@ -148,11 +149,20 @@ def csv_text(table: pd.DataFrame) -> str:
     return made_by + table.to_csv(index=has_index, float_format="%.6g", lineterminator="\n", quoting=quoting)
 
 
-def _replace(path: Path, content: bytes) -> Path:
+def _replace(path: Path, content: bytes) -> None:
     """Writes the whole file or leaves the old one."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_bytes(content)
-    return unfinished.replace(path)
+    unfinished.replace(path)
+
+
+class _Grid(Figure):
+    """A figure that a notebook shows once, also as a cell's last value, which IPython shows, and matplotlib again."""
+
+    def _ipython_display_(self):
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=DPI)
+        _show(self, picture)
 
 
 def image_grid(
@@ -196,7 +206,7 @@ def image_grid(
         tops.append(tops[-1] + side + _lines(row) * small + gap)
 
     # One Axes in inches: with one for each image, matplotlib takes seconds to lay out and draw a hundred.
-    fig = plt.figure(figsize=(width, tops[-1]), layout="none")
+    fig = plt.figure(figsize=(width, tops[-1]), layout="none", FigureClass=_Grid)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(tops[-1], 0))
     ax.axis("off")
     for i, row in enumerate(rows):

@@ -43,7 +43,7 @@ from .audit import audit, cached_edits, cached_generate, cached_training, ordina
 from .edits import known_base
 from .generation import decode, denoise, encode_prompts, generate, initial_latents
 from .models import TESTBED, load_pipeline
-from .plots import figures_folder
+from .plots import FIGURES, figures_folder
 from .presets import PRESETS
 from .similarity import load_sscd, sscd_scores
 from .store import Store, default_store
@@ -717,7 +717,7 @@ def main(beginnings: list[str]) -> int:
     if not chosen:
         print(f"No bar begins so. There are: {'; '.join(bar.name for bar in BARS)}", file=sys.stderr)
         return 1
-    path = figures_folder() / "scorecard.json"
+    path = figures_folder(FIGURES) / "scorecard.json"
     path.parent.mkdir(exist_ok=True)
     for bar in chosen:
         result = bar.result()

@@ -22,7 +22,7 @@ Shapes: N images, D = 512, embeddings (N, D) float32 with rows of length 1.
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +30,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageFilter
-from tqdm.auto import tqdm
 
+from .arguments import listed
+from .bars import tqdm
 from .pictures import to_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -156,8 +157,13 @@ def sscd_scores(images, targets, *, transform, sscd=None, progress=True):
         (N, S) float32 cosine similarities.
 
     Raises:
+        TypeError: targets or generations that are no lists of pictures.
         ValueError: not one list for each target, or lists of unequal length.
     """
+    pictures = "a list of PIL images, such as [target.image], or what PIL.Image.open gives of a path"
+    targets = listed("targets", targets, Image.Image, pictures)
+    rows = listed("images", images, Iterable, "a list of lists of PIL images, as generate returns them")
+    images = [listed("images", row, Image.Image, "lists of PIL images, as generate returns them") for row in rows]
     if len(images) != len(targets):
         raise ValueError(f"{len(targets)} targets need as many lists of generations; got {len(images)}.")
     sscd = sscd or load_sscd()

@@ -26,7 +26,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from tqdm.auto import tqdm
+
+from .bars import tqdm
 
 CONFIG = "__config__"
 RESERVED = (CONFIG, "file", "allow_pickle")  # the last two are arguments of np.savez

@@ -29,11 +29,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from tqdm.auto import tqdm
 
 from . import nemo, wanda
 from .attack import AttackConfig
 from .audit import _beside_weights, _data_hash, audit, cached_attack, cached_edits, provenance
+from .bars import tqdm
 from .edits import base_hash, hashed_once
 from .models import MODELS, TESTBED, load_pipeline
 from .plots import csv_text

@@ -24,8 +24,8 @@ from pathlib import Path
 import pandas as pd
 import requests
 from PIL import Image
-from tqdm.auto import tqdm
 
+from dori_utils.bars import tqdm
 from dori_utils.models import TESTBED
 from dori_utils.pictures import open_picture, suffixes, to_rgb
 

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from tqdm.auto import tqdm
 
+from .bars import tqdm
 from .edits import Edit, base_hash
 from .generation import denoise, encode_prompts, initial_latents
 

@@ -5,9 +5,11 @@ picture that the embedding gives by then, with its SSCD to the training image. `
 `LiveAttack` is what it looks at: one attack in a thread of its own, so that the kernel runs other cells meanwhile.
 
 `attack` calls back while the edit is applied to the weights, and a single case runs under a plain `applied`. So a
-generation within the callback is one under the edit, and the attack goes on as if nobody had looked.
+generation within the callback is one under the edit, and the attack goes on as if nobody had looked. The U-Net that it
+edits is a copy of its own: other cells find the pipeline as it is.
 """
 
+import copy
 import html
 import io
 import threading
@@ -35,7 +37,8 @@ STARTS = {"the target's prompt": "prompt", "noise": "noise", "another prompt": "
 class LiveAttack:
     """One attack at a time in a background thread, and how far it is; no widgets in it.
 
-    While it runs, the pipeline has the edit in its weights: do not use it elsewhere before `running` is False.
+    It works on a copy of the U-Net, made at each start and let go at the end, so that the pipeline is free for other
+    cells meanwhile, and never has the edit in its weights. Of Stable Diffusion 1.x that is 1.7 GB more in float16.
 
     Args:
         pipe: a `StableDiffusionPipeline`, without an edit applied to it.
@@ -46,6 +49,7 @@ class LiveAttack:
 
     Attributes:
         running: whether it is at work.
+        stopping: whether it is, and `stop` has been called.
         target: the `Target` under attack, or the last one.
         steps, step, losses: steps to make, steps made, and the loss before each of them.
         start_image, image: PIL images of step 0, so without an attack, and of the latest one that was generated.
@@ -58,7 +62,7 @@ class LiveAttack:
         self.pipe, self.preset, self.sscd, self.every = pipe, preset, sscd or load_sscd(), every
         self._on_update = on_update
         self._enough = threading.Event()
-        self._thread = None
+        self._thread = self._copy = None
         self.running = False
         self._forget(None, 0)
 
@@ -66,6 +70,10 @@ class LiveAttack:
     def image_sscd(self):
         """SSCD of `image`; None while there is none."""
         return next(reversed(self.sscds.values()), None)
+
+    @property
+    def stopping(self):
+        return self.running and self._enough.is_set()
 
     def start(self, target, edit=None, config=None, prompt=None):
         """Begin, and return at once.
@@ -87,6 +95,7 @@ class LiveAttack:
             raise ValueError(f"restarts is {config.restarts}: a live attack is a single one.")
         self.wait()
         self._forget(target, config.steps)
+        self._copy = _copy_to_edit(self.pipe)
         self.running = True
         self._thread = threading.Thread(target=self._run, args=(target, edit, config, prompt), daemon=True)
         self._thread.start()
@@ -108,21 +117,22 @@ class LiveAttack:
     def _run(self, *case):
         try:
             self._on_update(self)
-            with known_base(self.pipe):
+            with known_base(self._copy):
                 self._attack(*case)
         except Exception as error:  # a thread has nobody to raise it to
             self.error = error
+        self._copy = None
         self.running = False
         self._on_update(self)
 
     def _attack(self, target, edit, config, prompt):
-        starts = None if prompt is None else encode_prompts(self.pipe, [prompt])
-        before = attack(self.pipe, [target], replace(config, steps=0, record=()), starts=starts, progress=False)
+        starts = None if prompt is None else encode_prompts(self._copy, [prompt])
+        before = attack(self._copy, [target], replace(config, steps=0, record=()), starts=starts, progress=False)
         self._generate(before.prompt_embeds, [edit])
         self.start_image = self.image
         self._on_update(self)
         self.triggers = attack(
-            self.pipe,
+            self._copy,
             [target],
             config,
             edits=edit,
@@ -148,17 +158,24 @@ class LiveAttack:
     def _generate(self, embeds, edits=None):
         """The picture of an embedding (1, T, D), and its SSCD."""
         settings = dict(seeds=self.preset.seeds[:1], **self.preset.sampling, progress=False)
-        images = generate(self.pipe, prompt_embeds=embeds, edits=edits, **settings)
+        images = generate(self._copy, prompt_embeds=embeds, edits=edits, **settings)
         settings = dict(transform=self.preset.sscd_transform, sscd=self.sscd, progress=False)
         self.image = images[0][0]
         self.sscds[self.step] = sscd_scores(images, [self.target.image], **settings).item()
 
 
+def _copy_to_edit(pipe):
+    """The same pipeline but for a U-Net and a tokenizer of its own; a fast tokenizer is not for two threads at once."""
+    own = copy.copy(pipe)
+    own.unet, own.tokenizer = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.tokenizer)
+    return own
+
+
 def attack_widget(pipe, targets, edits, preset, sscd=None):
     """The widget: choose, press Start, watch.
 
-    The kernel stays free for other cells meanwhile, as long as they leave the pipeline alone: it has the edit in its
-    weights. What went wrong is said in the widget.
+    The kernel stays free for other cells meanwhile, and so does the pipeline: the attack edits a copy of its U-Net.
+    What went wrong is said in the widget.
 
     Args:
         pipe: a `StableDiffusionPipeline`, without an edit applied to it.
@@ -169,7 +186,8 @@ def attack_widget(pipe, targets, edits, preset, sscd=None):
 
     Returns:
         An ipywidgets container. Its `live` is the `LiveAttack`; after the end `live.triggers` are the `Triggers` found,
-        to save, or to generate from: `generate(pipe, prompt_embeds=widget.live.triggers.prompt_embeds)`.
+        to save, or to generate from, with the preset's sampling as here:
+        `generate(pipe, prompt_embeds=widget.live.triggers.prompt_embeds, **preset.sampling)`.
 
     Raises:
         ValueError: a list of edits that is not as long as the targets.
@@ -179,14 +197,13 @@ def attack_widget(pipe, targets, edits, preset, sscd=None):
 
 class _AttackWidget(ipywidgets.VBox):
     def __init__(self, pipe, targets, edits, preset, sscd):
-        self._preset = preset
+        self._preset, self._drawing = preset, threading.Lock()  # two threads draw: the attack's, and who clicks
         self.edits = {name: edit_of_each(edit, targets, name=name) for name, edit in edits.items()}
         self._make_controls(targets, preset.attack)
         self._make_pictures()
         self.live = LiveAttack(pipe, preset, sscd, on_update=self._show)
         self._show_target()
         self._show_prompt()
-        self._show(self.live)
         buttons = ipywidgets.HBox([self.start_button, self.stop_button], layout={"margin": "6px 0"})
         left = ipywidgets.VBox([*self._choices, buttons, self.progress, self.status], layout={"width": "310px"})
         pictures = ipywidgets.HBox([ipywidgets.VBox(pair) for pair in self.pictures])
@@ -205,13 +222,13 @@ class _AttackWidget(ipywidgets.VBox):
         self._choices = [self.target, self.mitigation, self.start, self.prompt, self.steps, self.lr]
         half = {"width": "143px"}
         self.start_button = ipywidgets.Button(description="Start", icon="play", button_style="primary", layout=half)
-        self.stop_button = ipywidgets.Button(description="Stop", icon="stop", layout=half)
+        self.stop_button = ipywidgets.Button(description="Stop", icon="stop", layout=half, disabled=True)
         self.progress = ipywidgets.IntProgress(max=config.steps, layout={"width": "300px"})
         self.status = ipywidgets.HTML()
         self.target.observe(self._show_target, "value")
         self.start.observe(self._show_prompt, "value")
         self.start_button.on_click(self._start)
-        self.stop_button.on_click(lambda _: self.live.stop())
+        self.stop_button.on_click(self._stop)
 
     def _make_pictures(self):
         """Training image, step 0 and now: each a picture and the text under it; and the curves."""
@@ -233,21 +250,32 @@ class _AttackWidget(ipywidgets.VBox):
         self.progress.style.bar_color = self._color
         self.live.start(self.target.value, edit, config, self.prompt.value if start == "other" else None)
 
+    def _stop(self, _):
+        self.live.stop()
+        self._show(self.live)
+
     def _show_target(self, _=None):
-        """The training image of the chosen target, and no pictures of the one before."""
+        """The image of the chosen target, and nothing of the one before."""
         target = self.target.value
-        self._show_picture(0, target.image, "training image", "none is known" if target.image is None else target.kind)
+        title = "never seen in training" if target.kind == "control" else "training image"
+        self._show_picture(0, target.image, title, "none is known" if target.image is None else target.kind)
         self._show_picture(1, None, "before the attack", "")
         self._show_picture(2, None, "the attack", "")
+        self.progress.value, self.status.value = 0, READY
+        self.curves.value = _curves([], {}, self.steps.value, self._color)
 
     def _show_prompt(self, _=None):
         self.prompt.layout.display = None if self.start.value == "other" else "none"
 
     def _show(self, live):
-        """All that changes while it runs; called in its thread."""
+        """All that changes while it runs; called in its thread, and in that of who stops it."""
+        with self._drawing:
+            self._draw(live)
+
+    def _draw(self, live):
         for control in (*self._choices, self.start_button):
             control.disabled = live.running
-        self.stop_button.disabled = not live.running
+        self.stop_button.disabled = not live.running or live.stopping
         self.progress.value = live.step
         self.status.value = _status(live)
         pictured = live.image is not self._shown
@@ -278,11 +306,13 @@ def _status(live):
     if live.error is not None:
         words = html.escape(str(live.error) or type(live.error).__name__)
         return _lines("<b>It ended with an error</b>", words, color="#B00020")
+    if live.stopping:
+        return _lines(f"<b>Step {live.step} of {live.steps}</b>", "stops after this step, and draws what it has found")
     if live.running:
         loss = f"loss {live.losses[-1]:.3f}" if live.losses else "generates from the start"
         return _lines(f"<b>Step {live.step} of {live.steps}</b>", loss)
     if live.triggers is None:
-        return _lines("<b>Ready</b>", "")
+        return READY
     early = live.triggers.cases[0]["stopped"] == "early"
     return _lines(
         f"<b>{'Stopped' if early else 'Done'} after step {live.step}</b>", "what it found: the widget's live.triggers"
@@ -291,6 +321,9 @@ def _status(live):
 
 def _lines(first, second, color="inherit"):
     return f'<div style="line-height: 1.4; color: {color}">{first}<br>{second}</div>'
+
+
+READY = _lines("<b>Ready</b>", "")
 
 
 def _png(image):
@@ -315,11 +348,12 @@ def _curves(losses, sscds, steps, color):
     left.set_ylim(bottom=0)
     if not losses:
         left.set_yticks([])
-    right.plot(sscds.keys(), sscds.values(), color=color, linewidth=1.6, marker="o", markersize=3, clip_on=False)
+    if sscds:  # no points, and not clipped, are infinitely large for the layout
+        right.plot(sscds.keys(), sscds.values(), color=color, linewidth=1.6, marker="o", markersize=3, clip_on=False)
     right.axhline(COPY, color="#888888", linewidth=0.8, linestyle="--")
     right.text(steps, COPY + 0.02, "a copy above this", ha="right", va="bottom", fontsize=7, color="#666666")
     right.set_ylim(-0.1, 1.05)
-    for axes, title in ((left, "loss"), (right, "SSCD to the training image")):
+    for axes, title in ((left, "loss"), (right, "SSCD to the target's image")):
         axes.set_title(title, fontsize=8, loc="left")
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ LIGHT = ["ipykernel.kernelapp", "matplotlib.pyplot"]  # torch and the rest take 
 @pytest.fixture(autouse=True)
 def _kernels_with_less_to_import(monkeypatch):
     monkeypatch.setattr(book, "PRELOADED", LIGHT)
+    for name in ("DORI_FIGURES", "OMP_NUM_THREADS"):  # which the book sets: as it was, at the end
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -216,6 +220,48 @@ def test_parameters_reach_the_notebooks_that_declare_them_as_python_values(folde
         for name in ("00.ipynb", "01.ipynb")
     ]
     assert printed == ["sd14 10\n", "sd14\n"]
+
+
+SAY_WHERE = "import os\nprint(*(os.environ.get(f'DORI_{name}') for name in ('FIGURES', 'CACHE', 'DATA')))"
+
+
+def _said(folder):
+    return nbformat.read(folder.parent / "build" / "00.ipynb", as_version=4).cells[-1].outputs[0].text.split()
+
+
+@pytest.mark.slow
+def test_only_the_repositorys_own_notebooks_as_they_are_write_committed_figures(folder, monkeypatch, capsys):
+    monkeypatch.setattr(book, "ROOT", folder.parent)
+    _write(folder, "00.ipynb", SAY_WHERE, parameters='PRESET = "testbed"')
+    for arguments, expected in (
+        ((), "figures"),
+        (("-p", "PRESET", "smoke"), "build/figures"),
+        (("--folder", str(folder.parent / "mine")), "build/figures"),
+    ):
+        shutil.copytree(folder, folder.parent / "mine", dirs_exist_ok=True)
+        monkeypatch.delenv("DORI_FIGURES", raising=False)
+        assert book.main(["--output", str(folder.parent / "build"), *arguments]) == 0
+        assert _said(folder)[0] == str(folder.parent / expected)
+        assert f"Figures are in {folder.parent / expected}." in capsys.readouterr().err
+
+
+def test_folders_in_the_environment_are_meant_from_where_the_book_is_called(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DORI_FIGURES", "build/sd14")
+    monkeypatch.setenv("DORI_DATA", "data")
+    monkeypatch.setenv("DORI_CACHE", "s3://bucket/cases")
+    _write(folder, "00.ipynb", SAY_WHERE, parameters='PRESET = "testbed"')
+    assert _run(folder, "-p", "PRESET", "smoke") == 0
+    assert _said(folder) == [str(tmp_path / "build/sd14"), "s3://bucket/cases", str(tmp_path / "data")]
+
+
+def test_a_bar_in_a_notebook_leaves_nothing_in_its_executed_copy(folder):
+    bar = "from dori_utils.bars import tqdm\nfor _ in tqdm(range(3), mininterval=0):\n    pass"
+    _write(folder, "00.ipynb", bar, bar + "\nprint('words')")
+    assert _run(folder) == 0
+    first, second = nbformat.read(folder.parent / "build" / "00.ipynb", as_version=4).cells[1:]
+    assert [(output.name, output.text.strip()) for output in first.outputs] in ([], [("stdout", "")])
+    assert [(output.name, output.text) for output in second.outputs] == [("stdout", "words\n")]
 
 
 def test_a_parameter_that_no_notebook_declares_is_refused_before_anything_runs(folder, capsys):

@@ -59,50 +59,65 @@ def test_drawing_a_figure_twice_gives_the_same_bytes(tmp_path):
         table = pd.DataFrame({"steps": [0, 10], "SSCD": [0.1, 2 / 3 + last_bits]})
         fig, ax = plt.subplots()
         ax.plot(table["steps"], table["SSCD"])
-        path = plots.save_figure(fig, table, "curve")
-        assert path == tmp_path / "figures" / "curve.png"
-        files.append((path.read_bytes(), path.with_suffix(".csv").read_bytes()))
+        plots.save_figure(fig, table, "curve")
+        files.append([(tmp_path / "figures" / name).read_bytes() for name in ("curve.png", "curve.csv")])
 
     assert files[0] == files[1]
     assert files[0][1] == b"steps,SSCD\n0,0.1\n10,0.666667\n"
 
 
-def test_a_notebook_shows_the_saved_picture_once(tmp_path, monkeypatch):
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook's cell shows, by hand."""
     shown = []
     monkeypatch.setattr("IPython.get_ipython", lambda: types.SimpleNamespace(kernel=True))
     monkeypatch.setattr("IPython.display.display", shown.append)
+    return shown
+
+
+def test_a_notebook_shows_the_saved_picture_once_and_no_path(tmp_path, shown):
     fig, _ = plt.subplots(figsize=(3, 2), dpi=100)
-    path = plots.save_figure(fig, pd.DataFrame({"a": [1]}), "shown")
+    assert plots.save_figure(fig, pd.DataFrame({"a": [1]}), "shown") is None
+    path = tmp_path / "figures" / "shown.png"
     assert [picture.data for picture in shown] == [path.read_bytes()]
     assert shown[0].width == round(Image.open(path).width / 2), "the inches that it has on the page"
     assert not plt.fignum_exists(fig.number)
 
 
-def test_a_picture_carries_no_date_and_no_version():
+def test_a_grid_that_is_a_cells_last_value_is_shown_once(shown):
+    fig = plots.image_grid(_squares(2))
+    fig._ipython_display_()  # what IPython calls
+    assert len(shown) == 1 and shown[0].data.startswith(b"\x89PNG")
+    assert not plt.get_fignums(), "nothing is left for matplotlib to show at the end of the cell"
+
+
+def test_a_picture_carries_no_date_and_no_version(tmp_path):
     fig, _ = plt.subplots()
-    with Image.open(plots.save_figure(fig, pd.DataFrame({"a": [1]}), "plain")) as picture:
+    plots.save_figure(fig, pd.DataFrame({"a": [1]}), "plain")
+    with Image.open(tmp_path / "figures" / "plain.png") as picture:
         assert set(picture.info) <= {"dpi"}
 
 
-def test_an_index_that_means_something_is_written_with_the_numbers():
+def test_an_index_that_means_something_is_written_with_the_numbers(tmp_path):
     fig, _ = plt.subplots()
     table = pd.DataFrame({"MR": [2 / 3]}, index=pd.Index(["NeMo"], name="mitigation"))
-    path = plots.save_figure(fig, table, "table")
-    assert path.with_suffix(".csv").read_text() == "mitigation,MR\nNeMo,0.666667\n"
+    plots.save_figure(fig, table, "table")
+    assert (tmp_path / "figures" / "table.csv").read_text() == "mitigation,MR\nNeMo,0.666667\n"
 
 
-def test_figures_go_to_the_repository_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
-    assert plots.figures_folder() == tmp_path / "figures"
+def test_figures_go_where_git_ignores_them_unless_one_says_otherwise(tmp_path, monkeypatch):
+    assert plots.figures_folder() == plots.figures_folder(plots.FIGURES) == tmp_path / "figures"
     monkeypatch.delenv("DORI_FIGURES")
     monkeypatch.chdir(tmp_path)
-    assert plots.figures_folder() == plots.ROOT / "figures"
+    assert plots.figures_folder() == plots.ROOT / "build" / "figures"
+    assert plots.figures_folder(plots.FIGURES) == plots.ROOT / "figures"
     assert (plots.ROOT / "pyproject.toml").is_file()
 
 
-def test_a_figure_that_cannot_be_written_leaves_the_old_one_whole(monkeypatch):
+def test_a_figure_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
     fig, ax = plt.subplots()
-    path = plots.save_figure(fig, pd.DataFrame({"a": [1]}), "kept")
-    both = path, path.with_suffix(".csv")
+    plots.save_figure(fig, pd.DataFrame({"a": [1]}), "kept")
+    both = tmp_path / "figures" / "kept.png", tmp_path / "figures" / "kept.csv"
     before = [file.read_bytes() for file in both]
 
     def disk_full(self, content):

@@ -197,6 +197,35 @@ def test_the_environment_is_made_once_and_again_when_the_pins_change(recorded_ma
     assert "pip install" in recorded_make(f"PYTHON={tmp_path}/python")[1]
 
 
+def test_make_lab_opens_copies_that_are_the_users_and_ignored_by_git(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    jupyter = tmp_path / ".venv" / "bin" / "jupyter"
+    jupyter.parent.mkdir(parents=True)
+    jupyter.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/calls\n')
+    jupyter.chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+
+    def lab():
+        subprocess.run(["make", "lab"], cwd=tmp_path, check=True, capture_output=True)
+        return {path.name: path.read_bytes() for path in (tmp_path / "lab").iterdir()}
+
+    copies = lab()
+    assert copies == {path.name: path.read_bytes() for path in NOTEBOOKS}
+    opened = (tmp_path / "calls").read_text().split()
+    assert "--ServerApp.root_dir=." in opened, "README and figures are in reach"
+    assert (tmp_path / opened[-1].removeprefix("--LabApp.default_url=/lab/tree/")).is_file()
+
+    (tmp_path / "lab" / NOTEBOOKS[0].name).write_text("mine")
+    os.utime(tmp_path / "notebooks" / NOTEBOOKS[0].name)
+    assert lab() == copies | {NOTEBOOKS[0].name: b"mine"}
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "/lab/" in ignored and "build/" in ignored
+
+
 def test_an_old_python_gets_one_clear_message(recorded_make, tmp_path):
     old = tmp_path / "old"
     old.write_text("#!/bin/sh\nexit 1\n")

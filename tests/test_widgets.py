@@ -1,5 +1,6 @@
 """The live attack does what `attack` does, only in a thread; the widget is clicked through, also in a browser."""
 
+import io
 import json
 import os
 import re
@@ -20,13 +21,15 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from dori_utils.attack import AttackConfig, attack
+from dori_utils.audit import audit, detect
 from dori_utils.edits import Edit
 from dori_utils.generation import encode_prompts, generate
 from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
 from dori_utils.similarity import load_sscd, sscd_scores
+from dori_utils.store import Store
 from dori_utils.targets import Target
-from dori_utils.widgets import LiveAttack, attack_widget
+from dori_utils.widgets import MITIGATIONS, LiveAttack, _curves, attack_widget
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -153,6 +156,32 @@ def test_stop_ends_it_early_and_keeps_what_was_found(tiny_testbed, sscd):
     assert model_hash(tiny_testbed) == before
 
 
+@pytest.mark.slow
+def test_other_cells_find_the_pipeline_without_the_edit_meanwhile(tiny_testbed, sscd, tmp_path):
+    delta = torch.ones_like(tiny_testbed.unet.conv_out.bias)  # large enough to be seen
+    edit = Edit("shift", model_hash(tiny_testbed), deltas={"conv_out.bias": delta})
+
+    def results(folder):
+        rows = audit(tiny_testbed, TARGETS[:2], PRESET, Store(folder), sscd, attack=replace(CONFIG, steps=1))
+        detected = detect(tiny_testbed, ["a cat on a car"], PRESET, Store(folder), sscd)
+        own = attack(tiny_testbed, TARGETS[:1], CONFIG, edits=edit, progress=False)
+        numbers = rows["sscd"].to_numpy(), detected["score"].to_numpy(), own.prompt_embeds.numpy()
+        return model_hash(tiny_testbed), *numbers
+
+    alone = results(tmp_path / "alone")
+    images = generated(tiny_testbed, encode_prompts(tiny_testbed, ["a cat on a car"]), None)
+    with endless(tiny_testbed, sscd, TARGETS[0], edit) as live:
+        meanwhile = results(tmp_path / "meanwhile")
+        assert live.running and not live.stopping, live.error
+        assert same(generated(tiny_testbed, encode_prompts(tiny_testbed, ["a cat on a car"]), None), images)
+        assert live.running and not live.stopping, live.error
+    assert meanwhile[0] == alone[0]
+    for found, expected in zip(meanwhile[1:], alone[1:], strict=True):
+        assert np.allclose(found, expected, atol=0.02)
+    after = audit(tiny_testbed, TARGETS[:2], PRESET, Store(tmp_path / "meanwhile"), sscd)  # from what was stored
+    assert np.array_equal(after["sscd"], meanwhile[1][: len(after)])
+
+
 def test_one_runs_at_a_time(sd1, sscd):
     with endless(sd1, sscd, TARGETS[0], None) as live:
         with pytest.raises(RuntimeError, match="stop it first"):
@@ -223,6 +252,27 @@ def test_pictures_curves_and_words_follow(widget):
     assert "after step 5" in widget.pictures[2][1].value
     widget.target.value = TARGETS[1]
     assert widget.pictures[2][0].value == before[3], "no picture of another target beside this one"
+    assert widget.curves.value == before[0] and widget.progress.value == 0 and "Ready" in widget.status.value
+    assert widget.live.triggers is not None, "what was found is kept"
+
+
+def test_a_control_is_not_called_a_training_image(tiny_testbed, sscd):
+    control = replace(TARGETS[0], id="new", kind="control")
+    widget = attack_widget(tiny_testbed, [TARGETS[0], control], {"original": None}, PRESET, sscd)
+    caption = widget.pictures[0][1]
+    assert "training image" in caption.value
+    widget.target.value = control
+    assert "never seen in training" in caption.value and "training image" not in caption.value
+
+
+def test_curves_without_points_fill_the_same_place():
+    wide = []
+    for losses, sscds in (([], {}), ([0.5] * 50, {0: 0.1, 50: 0.9})):
+        picture = _curves(losses, sscds, 50, MITIGATIONS["NeMo"])
+        dark = np.asarray(Image.open(io.BytesIO(picture)).convert("L")) < 128
+        wide.append(np.flatnonzero(dark.any(axis=0))[[0, -1]])
+        assert dark.any(axis=1).mean() > 0.5 and np.ptp(wide[-1]) > 0.8 * dark.shape[1]
+    assert np.abs(wide[0] - wide[1]).max() < 0.1 * dark.shape[1]
 
 
 def test_start_and_stop_take_turns(widget):
@@ -233,8 +283,11 @@ def test_start_and_stop_take_turns(widget):
     widget.start_button.click()
     assert under_way.wait(PATIENCE)
     assert widget.start_button.disabled and not widget.stop_button.disabled and widget.target.disabled
+    said = []
+    widget.status.observe(lambda change: said.append(change["new"]), "value")
     widget.stop_button.click()
     widget.live.wait()
+    assert "stops after this step" in said[0], "at once, although it ends later"
     assert "Stopped after step" in widget.status.value
     assert not widget.start_button.disabled and widget.stop_button.disabled and not widget.target.disabled
 
@@ -263,6 +316,19 @@ pipe = load_pipeline({folder!r}, device="cpu")
 widget = attack_widget(pipe, TARGETS, {{"original": None, "off": neuron_off(pipe, 0)}}, PRESET)
 widget""",
     "print('answered while it ran:', widget.live.running)",
+    """from dori_utils.bars import tqdm
+from dori_utils.plots import image_grid, save_figure, use_style
+
+for _ in tqdm(range(2), mininterval=0):
+    for _ in tqdm(range(2), mininterval=0):
+        pass
+image_grid([[TARGETS[0].image]])""",
+    """import matplotlib.pyplot as plt
+import pandas as pd
+
+use_style()
+fig, ax = plt.subplots()
+save_figure(fig, pd.DataFrame({{"a": [1]}}), "saved")""",
 ]
 
 
@@ -272,6 +338,7 @@ def jupyter_lab(folder):
     token = secrets.token_hex()
     places = {f"JUPYTER_{what}_DIR": str(folder / what) for what in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    places["DORI_FIGURES"] = str(folder / "figures")
     places["OMP_NUM_THREADS"] = "1"  # for a tiny model, in the company of a browser
     options = [f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}", "--ServerApp.port_retries=1000"]
     options += ["--no-browser", "--allow-root", "--LabApp.extension_manager=readonly"]
@@ -337,4 +404,20 @@ def test_in_jupyterlab_one_can_choose_start_watch_stop_and_read_errors(tiny_test
         page.get_by_label("steps", exact=True).press("Enter")
         start.click()
         page.get_by_text("Done after step 3").wait_for()
+
+        for number in (2, 3):
+            notebook_cells.nth(number).locator(".cm-content").click()
+            page.keyboard.press("Control+Enter")
+            expect(notebook_cells.nth(number).locator(".jp-OutputArea img")).to_have_count(1)
+        page.keyboard.press("Control+s")
+        for _ in range(600):
+            saved = nbformat.read(tmp_path / "live.ipynb", as_version=4).cells[2:]
+            if saved[-1].outputs:
+                break
+            time.sleep(0.1)
+        for cell in saved:
+            words = [output.text.strip() for output in cell.outputs if output.output_type == "stream"]
+            pictures = [output.data for output in cell.outputs if output.output_type != "stream"]
+            assert set(words) <= {""} and not [output for output in cell.outputs if output.get("name") == "stderr"]
+            assert len(pictures) == 1 and set(pictures[0]) == {"image/png", "text/plain"}, "no widget, no path"
         browser.close()
