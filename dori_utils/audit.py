@@ -306,7 +306,7 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
     edits = list(edits) if edits else [None] * len(targets)
     seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
     fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit} | {None: None}
-    key = {"what": "DoRI", "config": asdict(config), "model": base_hash(pipe), **_beside_weights(pipe)}
+    key = {"what": "DoRI", "config": asdict(config), "model": current_hash(pipe), **_beside_weights(pipe)}
     cases = []
     for i, (target, edit, seed) in enumerate(zip(targets, edits, seeds, strict=True)):
         case = {"target": target.id, "prompt": target.prompt, "image": _data_hash(target.image)}
@@ -411,7 +411,7 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
         prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
         kwargs: what else it takes; `statistics` counts for the case.
     """
-    key = {"what": localize_each.__module__, "config": asdict(config), "model": base_hash(pipe)}
+    key = {"what": localize_each.__module__, "config": asdict(config), "model": current_hash(pipe)}
     key |= _beside_weights(pipe)
     if "statistics" in kwargs:
         key["statistics"] = kwargs["statistics"].fingerprint()
@@ -432,7 +432,7 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
 def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
     """`nemo.collect_statistics` of ordinary captions, from the store."""
     about = {"what": "NeMo's statistics", "captions": _data_hash(list(captions)), "config": asdict(config)}
-    about |= {"model": base_hash(pipe), **_beside_weights(pipe)}
+    about |= {"model": current_hash(pipe), **_beside_weights(pipe)}
 
     def compute() -> dict:
         with exclusive(pipe):
@@ -457,7 +457,7 @@ def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
         The edits after each epoch, and one more after recovery, the last one being the result; a single one from a
         function without epochs.
     """
-    key = {"what": f"{train.__module__}.{train.__name__}", "config": asdict(config), "model": base_hash(pipe)}
+    key = {"what": f"{train.__module__}.{train.__name__}", "config": asdict(config), "model": current_hash(pipe)}
     key |= _beside_weights(pipe) | {"targets": [[t.id, t.prompt, t.image and _data_hash(t.image)] for t in targets]}
     key |= {"data": {name: _data_hash(value) for name, value in data.items()}}
     epochs = range(1, getattr(config, "epochs", 1) + bool(getattr(config, "recovery", 0)) + 1)
@@ -492,7 +492,7 @@ def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd
     """
     edits = list(edits) if edits else [None] * len(targets)
     fingerprints = {edit: edit.fingerprint() for edit in set(edits) if edit} | {None: None}
-    key = {"what": "adaptive attack", "config": asdict(config), "model": base_hash(pipe), **_beside_weights(pipe)}
+    key = {"what": "adaptive attack", "config": asdict(config), "model": current_hash(pipe), **_beside_weights(pipe)}
     key |= {"sscd": sscd.name, "transform": repr(TRANSFORMS[transform])}
     cases = []
     for target, edit in zip(targets, edits, strict=True):

@@ -379,3 +379,20 @@ def test_an_audit_hashes_the_model_once_and_sees_an_edit_that_is_applied(tiny_te
         assert edited.attrs["weights"] == model_hash(tiny_testbed) != plain.attrs["weights"]
     assert audit(tiny_testbed, [target], PRESET, store).attrs["weights"] == plain.attrs["weights"]
     assert not edited["sscd"].equals(plain["sscd"])
+
+
+def test_what_is_found_under_an_applied_edit_is_not_taken_for_the_models_own(tiny_testbed, store):
+    targets, off = make_targets(tiny_testbed)[:1], value_rows_off(tiny_testbed, 1.0)
+    config = AttackConfig(steps=2, batch_size=1)
+
+    def found():
+        attacked = cached_attack(tiny_testbed, targets, config, store, progress=False).losses
+        (mask,) = cached_edits(wanda.localize_each, tiny_testbed, targets, PRESET.wanda, store, progress=False)
+        return attacked, mask.fingerprint()
+
+    with applied(tiny_testbed, off):
+        under_edit = found()
+    own = found()
+    (expected,) = wanda.localize_each(tiny_testbed, targets, PRESET.wanda, progress=False)
+    assert own[1] == expected.fingerprint() != under_edit[1]
+    assert not torch.equal(own[0], under_edit[0])
