@@ -198,8 +198,8 @@ def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
 
 @pytest.mark.slow
 def test_other_orders_are_those_of_one_set_after_the_other_too(memorizing):
-    config, statistics = dataclasses.replace(CONFIG, rounds=40, layers=r"attn2\.to_v$"), statistics_of(memorizing, 0.45)
-    prompts, found = [SECRET, "a dog on a car"], {}
+    config, statistics = dataclasses.replace(CONFIG, rounds=40), statistics_of(memorizing, tau=0.35)
+    prompts, found = [SECRET, "striped grapes and a violin"], {}
     for order in nemo.ORDERS:
         edits = nemo.localize_each(memorizing, targets(*prompts), statistics, config, order=order)
         for target, edit in zip(targets(*prompts), edits, strict=True):
