@@ -388,7 +388,7 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
         prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
         kwargs: what else it takes; `statistics`, nemo's `order` and wanda's `authors` count for the case.
     """
-    key = {"what": localize_each.__module__, "config": _settings(config), "model": base_hash(pipe)}
+    key = {"what": localize_each.__module__, "config": _config_of(config), "model": base_hash(pipe)}
     key |= _beside_weights(pipe)
     usual = {"order": "ascending", "authors": False}  # left out, as in cases from before these options
     key |= {name: kwargs[name] for name in usual if kwargs.get(name, usual[name]) != usual[name]}
@@ -407,7 +407,7 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
     return [Edit.from_arrays(arrays) for arrays in results]
 
 
-def _settings(config) -> dict:
+def _config_of(config) -> dict:
     """A config as part of a case."""
     settings = asdict(config)
     if "similarity" in settings:
@@ -422,7 +422,7 @@ def _similarity(kind) -> str:
 
 def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
     """`nemo.collect_statistics` of ordinary captions, from the store."""
-    about = {"what": "NeMo's statistics", "captions": _data_hash(list(captions)), "config": _settings(config)}
+    about = {"what": "NeMo's statistics", "captions": _data_hash(list(captions)), "config": _config_of(config)}
     about |= {"model": base_hash(pipe), **_beside_weights(pipe)}
 
     def compute() -> dict:
