@@ -139,6 +139,7 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
     rows, prompt_cases = [], [{"prompt": prompt} for prompt in prompts]
     for name, (function, own, evaluations) in detectors.items():
         config = {"what": name, "seeds": list(preset.detection_seeds), "steps": steps, **own}
+        config |= {"pairwise": _similarity(own["pairwise"])} if "pairwise" in own else {}
         detector = partial(function, pipe, **settings, **own)
         cases = _timed_cases(pipe, [case | config for case in prompt_cases], partial(_detector_scores, detector), store)
         cost = evaluations * len(preset.detection_seeds)
@@ -409,10 +410,12 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
     Args:
         localize_each: the function, called as localize_each(pipe, targets, config=config, **kwargs).
         prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
-        kwargs: what else it takes; `statistics` counts for the case.
+        kwargs: what else it takes; `statistics`, nemo's `order` and wanda's `authors` count for the case.
     """
-    key = {"what": localize_each.__module__, "config": asdict(config), "model": current_hash(pipe)}
+    key = {"what": localize_each.__module__, "config": _config_of(config), "model": current_hash(pipe)}
     key |= _beside_weights(pipe)
+    usual = {"order": "ascending", "authors": False}  # left out, as in cases from before these options
+    key |= {name: kwargs[name] for name in usual if kwargs.get(name, usual[name]) != usual[name]}
     if "statistics" in kwargs:
         key["statistics"] = kwargs["statistics"].fingerprint()
     cases = [{**key, "target": target.id, "prompt": target.prompt} for target in targets]
@@ -429,9 +432,22 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
     return [Edit.from_arrays(arrays) for arrays in results]
 
 
+def _config_of(config) -> dict:
+    """A config as part of a case."""
+    settings = asdict(config)
+    if "similarity" in settings:
+        settings["similarity"] = _similarity(settings["similarity"])
+    return settings
+
+
+def _similarity(kind) -> str:
+    """The name of a pairwise similarity in a case: plain "ms_ssim" was what "ms_ssim_unit" is now."""
+    return "ms_ssim, authors'" if kind == "ms_ssim" else kind
+
+
 def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
     """`nemo.collect_statistics` of ordinary captions, from the store."""
-    about = {"what": "NeMo's statistics", "captions": _data_hash(list(captions)), "config": asdict(config)}
+    about = {"what": "NeMo's statistics", "captions": _data_hash(list(captions)), "config": _config_of(config)}
     about |= {"model": current_hash(pipe), **_beside_weights(pipe)}
 
     def compute() -> dict:
@@ -442,7 +458,7 @@ def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
     kept = store.fetch(about, compute)
     tau = float(kept.pop("tau"))
     tensors = {name: torch.from_numpy(array) for name, array in kept.items()}
-    return nemo.Statistics.from_tensors(tensors, tau, base_hash(pipe))
+    return nemo.Statistics.from_tensors(tensors, tau, base_hash(pipe), config.similarity)
 
 
 def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:

@@ -2,7 +2,8 @@
 
 "Finding DoRI" (ICML 2026): pruning hides an image, because it closes the one way to it that the prompt takes, and the
 attack finds others. So at each step the attack is run first, against the weights as they are now, and what it finds is
-trained away:
+trained away. In the paper a step collects a trigger for *each* memorized image; here it attacks the B images of its
+batch alone, which makes a step N / B times as cheap:
 
     L = L_DM + L_adv
 

@@ -32,7 +32,7 @@ import torch
 
 from . import nemo, wanda
 from .attack import AttackConfig
-from .audit import _beside_weights, _data_hash, audit, cached_attack, cached_edits, provenance
+from .audit import _beside_weights, _config_of, _data_hash, audit, cached_attack, cached_edits, provenance
 from .bars import tqdm
 from .edits import base_hash, hashed_once
 from .models import MODELS, TESTBED, load_pipeline
@@ -175,7 +175,7 @@ class Worker:
             return None
         if how not in PRUNING:
             return {"edit": self.edits[name].fingerprint()}
-        about = {"method": PRUNING[how], "config": asdict(getattr(self.plan.preset, how))}
+        about = {"method": PRUNING[how], "config": _config_of(getattr(self.plan.preset, how))}
         return about | ({"statistics": self.statistics.fingerprint()} if how == "nemo" else {})
 
     def compute(self, case, config) -> dict:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from dori_utils.detection import (
     first_step_change,
@@ -14,6 +15,7 @@ from dori_utils.detection import (
     pairwise_similarity,
     predicted_noise,
     roc_auc,
+    rowwise_similarity,
     seed_diversity,
     tpr_at_fpr,
 )
@@ -140,6 +142,23 @@ def test_first_step_change_is_nemo_s_delta_scaled_by_channel(pipe):
     torch.testing.assert_close(found, ((delta - low) / (high - low)).float(), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_model_that_changes_nothing_has_a_flat_change_and_not_nan(sd1, monkeypatch):
+    x_t, embeds = initial_latents(sd1, [0, 1]), encode_prompts(sd1, PROMPTS[:2])
+    whole = first_step_change(sd1, embeds, x_t, 981)
+    answer = sd1.unet.forward
+
+    def forward(sample, t, encoder_hidden_states, **kwargs):
+        output = answer(sample, t, encoder_hidden_states, **kwargs)
+        output.sample[0], output.sample[1, 2] = sample[0], sample[1, 2]  # all of one map, a channel of the other
+        return output
+
+    monkeypatch.setattr(sd1.unet, "forward", forward)
+    maps = first_step_change(sd1, embeds, x_t, 981)
+    assert maps[0].eq(0).all() and maps[1, 2].eq(0).all()
+    assert torch.equal(maps[1, [0, 1, 3]], whole[1, [0, 1, 3]])
+
+
 def predicted_noise_in_float64(scheduler, output, t, x_t):
     a = scheduler.alphas_cumprod[t].double()
     return output if scheduler.config.prediction_type == "epsilon" else a.sqrt() * output + (1 - a).sqrt() * x_t
@@ -190,7 +209,7 @@ def centred(tensor):
     return (tensor - tensor.mean((1, 2), keepdim=True)).flatten().numpy()
 
 
-@pytest.mark.parametrize(("kind", "side"), [("cosine", 8), ("ssim", 16), ("ms_ssim", 64)])
+@pytest.mark.parametrize(("kind", "side"), [("cosine", 8), ("ssim", 16), ("ms_ssim", 44), ("ms_ssim_unit", 44)])
 def test_pairs_are_compared_in_order_and_equal_maps_are_one(kind, side):
     torch.manual_seed(0)
     a, b = torch.rand(2, 4, side, side)
@@ -208,13 +227,99 @@ def test_ssim_of_constant_maps_is_its_formula():
     assert pairwise_similarity(maps, "ssim").item() == pytest.approx(expected, abs=1e-4)
 
 
+def ms_ssim_by_formula(a, b, exponent, value_range=None):
+    """Wang et al. (2003) in float64 for maps (B, C, H, W): contrast and structure at the first two scales, the whole
+    SSIM at the third. Without a range, that of all the values at hand."""
+    a, b, result = a.double().numpy(), b.double().numpy(), 1
+
+    def blurred(x):  # a Gaussian window of 11 px
+        return gaussian_filter(x, 1.5, radius=5, mode="mirror", axes=(2, 3))
+
+    for scale in range(3):
+        spread = max(np.ptp(a), np.ptp(b)) if value_range is None else value_range
+        c1, c2 = (0.01 * spread) ** 2, (0.03 * spread) ** 2
+        mean_a, mean_b = blurred(a), blurred(b)
+        variances = blurred(a * a) - mean_a**2 + blurred(b * b) - mean_b**2
+        structure = (2 * (blurred(a * b) - mean_a * mean_b) + c2) / (variances + c2)
+        luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+        of_scale = luminance * structure if scale == 2 else structure[..., 5:-5, 5:-5]  # where the window is inside
+        result = result * np.maximum(of_scale.mean((1, 2, 3)), 0) ** exponent
+        a, b = (x.reshape(*x.shape[:2], x.shape[2] // 2, 2, -1, 2).mean((3, 5)) for x in (a, b))
+    return result
+
+
+def maps_of_unlike_contrast():
+    """Four maps that share a picture, the first two faintly and under a chessboard, which is gone at the next scale."""
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(4, 12, 12, generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    chessboard = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(24, 24)
+    own = torch.rand(4, 4, 48, 48, generator=generator)
+    faint = 0.9 * chessboard + 0.05 * picture + 0.05 * own[:2]
+    return torch.cat([faint, 0.8 * picture + 0.2 * own[2:]])
+
+
+def test_ms_ssim_is_that_of_nemo_s_code_and_takes_its_range_from_all_pairs():
+    maps = maps_of_unlike_contrast()
+    first, second = torch.combinations(torch.arange(4)).T
+    expected = ms_ssim_by_formula(maps[first], maps[second], 0.33)
+    np.testing.assert_allclose(pairwise_similarity(maps, "ms_ssim"), expected, atol=1e-4)
+    alone = [ms_ssim_by_formula(maps[i][None], maps[j][None], 0.33)[0] for i, j in torch.combinations(torch.arange(4))]
+    assert np.abs(expected - alone).max() > 0.01  # it is not the same
+    np.testing.assert_allclose(rowwise_similarity(maps[first], maps[second], "ms_ssim"), alone, atol=1e-4)
+
+
+def test_ms_ssim_unit_is_the_formula_with_the_maps_own_range():
+    maps = maps_of_unlike_contrast()
+    first, second = torch.combinations(torch.arange(4)).T
+    expected = ms_ssim_by_formula(maps[first], maps[second], 1 / 3, value_range=1)
+    np.testing.assert_allclose(pairwise_similarity(maps, "ms_ssim_unit"), expected, atol=1e-4)
+    assert (
+        np.abs(expected - ms_ssim_by_formula(maps[first], maps[second], 0.33)).max() > 0.002
+    )  # it is not the authors'
+
+
+@pytest.mark.parametrize("kind", ["ssim", "ms_ssim", "ms_ssim_unit", "cosine"])
+def test_a_row_s_similarity_does_not_depend_on_the_rows_beside_it(kind):
+    maps = maps_of_unlike_contrast()
+    together = rowwise_similarity(maps, maps.flip(0), kind)
+    alone = [rowwise_similarity(maps[[i]], maps[[3 - i]], kind) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+# With a range of 0 torchmetrics says 1, 0 or NaN, as the value is rounded. Our own flat maps are of zeros.
+@pytest.mark.parametrize(
+    ("kind", "value"), [("ms_ssim", 0.0), ("ms_ssim", 0.1), ("ms_ssim", 1 / 3), ("ms_ssim", 1.0), ("cosine", 0.0)]
+)
+def test_flat_maps_show_nothing_that_is_alike(kind, value):
+    flat = torch.full((2, 4, 48, 48), value, requires_grad=True)
+    for similarity in (pairwise_similarity(flat, kind), rowwise_similarity(flat, flat.detach(), kind)):
+        assert similarity.abs().max() < 1e-6
+        (gradient,) = torch.autograd.grad(similarity.sum(), flat)
+        assert gradient.isfinite().all()
+    picture = maps_of_unlike_contrast()[[3]]
+    for others in (flat[:1], picture):
+        assert rowwise_similarity(picture, others, kind).isfinite().all()
+    assert rowwise_similarity(picture, flat[:1], kind).item() < 0.4
+    mixed = pairwise_similarity(torch.cat([flat, picture, picture]), kind)  # pairs 01 02 03 12 13 23
+    assert mixed[0].abs() < 1e-6 and mixed[5].item() == pytest.approx(1, abs=1e-4) and mixed.isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [("ssim", 11), ("ms_ssim", 44), ("ms_ssim_unit", 44), ("cosine", 1)])
+def test_the_smallest_maps_that_are_let_through_can_be_compared(kind, smallest):
+    shapes = [(2, 4, smallest, smallest + 4), (2, 4, smallest + 4, smallest)]
+    assert all(pairwise_similarity(torch.rand(shape), kind).isfinite().all() for shape in shapes)
+    for shape in [] if smallest == 1 else [(2, 4, smallest - 1, 64), (2, 4, 64, smallest - 1)]:
+        with pytest.raises(ValueError, match=f"'{kind}' needs latents of at least {smallest} px"):
+            pairwise_similarity(torch.rand(shape), kind)
+
+
 @pytest.mark.parametrize(
     ("maps", "kind", "message"),
     [
         (torch.rand(2, 4, 8, 8), "ssim", "at least 11 px"),
-        (torch.rand(2, 4, 32, 32), "ms_ssim", "at least 41 px"),
+        (torch.rand(2, 4, 32, 32), "ms_ssim", "at least 44 px"),
         (torch.rand(1, 4, 16, 16), "ssim", "two seeds"),
-        (torch.rand(2, 4, 16, 16), "lpips", "ssim, ms_ssim, cosine"),
+        (torch.rand(2, 4, 16, 16), "lpips", "ssim, ms_ssim, ms_ssim_unit, cosine"),
     ],
 )
 def test_maps_that_cannot_be_compared_are_refused(maps, kind, message):

@@ -2,17 +2,22 @@
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from dori_utils import nemo
+from dori_utils.audit import cached_edits
 from dori_utils.detection import first_step_change, pairwise_similarity
 from dori_utils.edits import Edit, applied
 from dori_utils.generation import encode_prompts, initial_latents
 from dori_utils.models import load_pipeline, model_hash
+from dori_utils.store import Store
 from dori_utils.targets import Target
 
 CONFIG = nemo.Config(seeds=(0, 1, 2, 3), similarity="cosine", num_inference_steps=25)
@@ -61,8 +66,12 @@ def statistics_of(pipe, tau):
     return nemo.Statistics(found.mean, found.std, tau, found.model)
 
 
-def slow_localize(pipe, prompt, statistics, config):
-    """The algorithm as its authors run it: one set of neurons at a time, on all seeds. Layer → blocked neurons."""
+def slow_localize(pipe, prompt, statistics, config, order="ascending"):
+    """The algorithm as its authors run it: one set of neurons at a time, on all seeds. Layer → blocked neurons.
+
+    In the order "authors" a layer's neurons are a list, with one that is chosen for two reasons in it twice: the first
+    of the two is taken out without any change, the second unblocks it.
+    """
     layers = nemo.value_layers(pipe.unet, config.layers)
     embeds, noise = encode_prompts(pipe, [prompt]), initial_latents(pipe, config.seeds)
     scheduler = copy.deepcopy(pipe.scheduler)
@@ -90,12 +99,14 @@ def slow_localize(pipe, prompt, statistics, config):
         return similarity(changes(off), unblocked)[counted].max().item()
 
     values = {name: layer(embeds)[0].abs().mean(dim=0) for name, layer in layers.items()}
-    for k in range(16):
-        theta = 5 - 0.25 * k
+    for k in range(config.rounds):
+        theta = max(5 - 0.25 * k, 1)
         off = {}
         for name, value in values.items():
             far = ((value - statistics.mean[name]).abs() / statistics.std[name] > theta).nonzero().flatten().tolist()
-            off[name] = sorted({*far, *value.topk(min(k, len(value))).indices.tolist()})
+            off[name] = [*far, *value.topk(min(k, len(value))).indices.tolist()]
+            if order != "authors":
+                off[name] = sorted(set(off[name]), reverse=order == "descending")
         reached = score(off)
         if reached < tau:
             break
@@ -107,10 +118,11 @@ def slow_localize(pipe, prompt, statistics, config):
             off = without
     for name in reversed(list(layers)):
         for neuron in list(off[name]):
-            without = {**off, name: [n for n in off[name] if n != neuron]}
+            without = {**off, name: list(off[name])}
+            without[name].remove(neuron)
             if score(without) < tau:
                 off = without
-    return off
+    return {name: sorted(set(chosen)) for name, chosen in off.items()}
 
 
 def test_layers_are_the_seven_of_stable_diffusion_in_the_order_of_the_forward_pass(pipe):
@@ -182,6 +194,82 @@ def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     one_by_one = nemo.localize_one_by_one(memorizing, targets(SECRET)[0], statistics, config)
     assert one_by_one.fingerprint() == edits[0].fingerprint()
     assert sum(edits[0].sparsity().values()) > 0
+
+
+@pytest.mark.slow
+def test_other_orders_are_those_of_one_set_after_the_other_too(memorizing):
+    config, statistics = dataclasses.replace(CONFIG, rounds=40), statistics_of(memorizing, tau=0.35)
+    prompts, found = [SECRET, "striped grapes and a violin"], {}
+    for order in nemo.ORDERS:
+        edits = nemo.localize_each(memorizing, targets(*prompts), statistics, config, order=order)
+        for target, edit in zip(targets(*prompts), edits, strict=True):
+            assert nemo.neurons(edit) == slow_localize(memorizing, target.prompt, statistics, config, order)
+        found[order] = [edit.fingerprint() for edit in edits]
+    assert len({tuple(prints) for prints in found.values()}) == 3  # they do end at other neurons
+    with pytest.raises(ValueError, match="No order 'random'"):
+        nemo.localize_each(memorizing, targets(SECRET), statistics, config, order="random")
+
+
+def test_in_the_authors_order_the_strongest_come_last_and_strongest_first(sd1):
+    statistics, embeds = statistics_of(sd1, 0.5), encode_prompts(sd1, ["a dog on a car"])
+    config = dataclasses.replace(CONFIG, layers=PLANTED[0].replace(".", r"\."), rounds=4)
+    rounds = nemo._rounds(sd1, embeds, statistics, config, "authors")
+    (strength,) = nemo.activations(sd1, embeds, config.layers).values()
+    strongest = strength[0].argsort(descending=True)[:3].tolist()
+    others = [neuron for neuron in range(strength.shape[1]) if neuron not in strongest]
+    assert rounds.turns[3].argsort().tolist() == others + strongest
+    assert rounds.turns[0].argsort().tolist() == list(range(strength.shape[1]))  # k is 0
+
+
+def test_an_order_is_a_case_of_its_own_and_the_usual_one_is_the_case_that_it_was(memorizing, tmp_path):
+    statistics, store = statistics_of(memorizing, tau=0.5), Store(tmp_path)
+    for options in ({}, {"order": "ascending"}, {"order": "descending"}):
+        cached_edits(nemo.localize_each, memorizing, targets(SECRET), CONFIG, store, statistics=statistics, **options)
+    cases = [json.loads(np.load(file)["__config__"].item()) for file in tmp_path.iterdir()]
+    assert sorted("order" in case for case in cases) == [False, True]
+    usual = next(case for case in cases if "order" not in case)
+    keys = {"what", "config", "model", "scheduler", "tokens", "statistics", "target", "prompt"}
+    assert usual.keys() == keys and usual["config"]["similarity"] == "cosine"
+    settings = {"seeds", "first_theta", "theta_step", "min_theta", "rounds", "similarity", "num_inference_steps"}
+    assert usual["config"].keys() == settings | {"second_timestep", "margin", "layers"}
+
+
+@pytest.fixture
+def falling_silent(memorizing, monkeypatch):
+    """Adds one picture to any noise, as strongly as the planted neuron fires, and nothing without it. 48 px wide."""
+    unet, (name, neuron) = memorizing.unet, PLANTED
+    layer, side = unet.get_submodule(name), unet.config.sample_size
+    picture = torch.rand(1, 4, 12, 12, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
+    picture = picture.repeat_interleave(4, 3)
+
+    def forward(sample, t, encoder_hidden_states, **kwargs):
+        strength = layer(encoder_hidden_states)[..., neuron].abs().sum(1)[:, None, None, None]
+        changed = torch.where(strength > 0, sample + sample.flip(3) / 10 + strength * picture, sample)
+        return type("Output", (), {"sample": changed})
+
+    monkeypatch.setattr(unet, "forward", forward)
+    unet.register_to_config(sample_size=48)
+    yield memorizing
+    unet.register_to_config(sample_size=side)
+
+
+@pytest.mark.parametrize("similarity", ["ms_ssim", "ms_ssim_unit", "ssim", "cosine"])
+def test_a_model_that_falls_silent_ends_the_search_and_is_no_error(falling_silent, similarity):
+    config = dataclasses.replace(CONFIG, similarity=similarity)
+    statistics = statistics_of(falling_silent, tau=0.5)
+    edits = nemo.localize_each(falling_silent, targets(SECRET, "a dog"), statistics, config)
+    for edit in edits:
+        assert {layer: off for layer, off in nemo.neurons(edit).items() if off} == {PLANTED[0]: [PLANTED[1]]}
+    alone = nemo.localize_one_by_one(falling_silent, targets(SECRET)[0], statistics, config)
+    assert alone.fingerprint() == edits[0].fingerprint()
+
+
+@pytest.mark.parametrize("similarity", ["ms_ssim", "cosine"])
+def test_what_is_silent_from_the_start_is_not_memorized(falling_silent, similarity):
+    config, statistics = dataclasses.replace(CONFIG, similarity=similarity), statistics_of(falling_silent, tau=0.5)
+    unheard = torch.zeros_like(encode_prompts(falling_silent, [SECRET]))
+    (edit,) = nemo.localize_each(falling_silent, targets(SECRET), statistics, config, prompt_embeds=unheard)
+    assert not any(nemo.neurons(edit).values())
 
 
 def unblocked(score, scores, seeds, margin=0.05, slopes=(0.0,) * 4):
@@ -331,6 +419,7 @@ def test_statistics_are_mean_and_spread_and_survive_the_disk(sd1, tmp_path):
     assert (loaded.tau, loaded.model) == (statistics.tau, model_hash(sd1))
     assert all(torch.equal(loaded.std[name], value) for name, value in statistics.std.items())
     assert loaded.fingerprint() == statistics.fingerprint() != dataclasses.replace(loaded, tau=0.5).fingerprint()
+    assert loaded.similarity == statistics.similarity == "cosine"
 
 
 def test_tau_is_one_deviation_above_the_mean_of_ordinary_prompts(sd1):
@@ -350,6 +439,31 @@ def test_statistics_of_another_model_are_refused(sd1, sd2):
     unknown = nemo.Statistics({}, {}, 0.9)
     with pytest.raises(ValueError, match="have no layer down_blocks.0"):
         nemo.localize_each(sd1, targets("a cat"), unknown, CONFIG)
+
+
+def test_a_tau_is_used_with_its_own_similarity_alone(sd1, tmp_path):
+    statistics, other = nemo.collect_statistics(sd1, ORDINARY, CONFIG), dataclasses.replace(CONFIG, similarity="ssim")
+    for search in (nemo.localize_each, lambda pipe, some, *rest: nemo.localize_one_by_one(pipe, some[0], *rest)):
+        with pytest.raises(ValueError, match="similarity 'cosine', and config.similarity is 'ssim': a tau belongs to"):
+            search(sd1, targets("a cat"), statistics, other)
+    about = {"tau": repr(statistics.tau), "model": statistics.model}
+    save_file(statistics.tensors(), tmp_path / "old.safetensors", metadata=about)  # as version 0.1.0 wrote it
+    old = nemo.Statistics.load(tmp_path / "old.safetensors")
+    assert (old.similarity, old.fingerprint()) == (None, statistics.fingerprint())
+    nemo.localize_each(sd1, targets("a cat"), dataclasses.replace(old, tau=1.1), CONFIG)  # not known, so not refused
+
+
+def test_the_published_tau_is_of_the_published_similarity(sd1, tmp_path):
+    widths, path = [layer.out_features for layer in nemo.value_layers(sd1.unet).values()], tmp_path / "published.pt"
+    torch.save(([torch.zeros(n) for n in widths], [torch.ones(n) for n in widths]), path)
+    theirs = nemo.published_statistics(path, sd1.unet)
+    assert (theirs.tau, theirs.similarity) == (0.428, nemo.Config().similarity) == (0.428, "ms_ssim")
+    with pytest.raises(ValueError, match="is of the similarity 'ms_ssim', not of 'ms_ssim_unit': give a tau"):
+        nemo.published_statistics(path, sd1.unet, similarity="ms_ssim_unit")
+    ours = nemo.published_statistics(path, sd1.unet, similarity="cosine", tau=0.6)
+    assert (ours.tau, ours.similarity) == (0.6, "cosine")
+    with pytest.raises(ValueError, match="a tau belongs to one"):
+        nemo.localize_each(sd1, targets("a cat"), theirs, CONFIG)
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="needs the authors' statistics file")

@@ -43,6 +43,7 @@ def test_statistics_for_nemo_are_of_this_model():
     statistics = nemo.Statistics.load(TESTBED / "nemo_statistics.safetensors")
     assert statistics.model == model_hash(load_pipeline("testbed", device="cpu"))
     assert 0.3 < statistics.tau < 0.9 and len(statistics.mean) == 16
+    assert statistics.similarity == PRESETS["testbed"].nemo.similarity
 
 
 def names_in(file):

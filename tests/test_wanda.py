@@ -1,13 +1,17 @@
 """Wanda picks the weights that its formula says, on real U-Nets, for one target and for a set."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from dori_utils import wanda
+from dori_utils.audit import cached_edits
 from dori_utils.edits import applied
 from dori_utils.generation import denoise, encode_prompts, initial_latents
 from dori_utils.models import load_pipeline, model_hash
+from dori_utils.store import Store
 from dori_utils.targets import Target
 
 CONFIG = wanda.Config(sparsity=0.1, steps=3, num_inference_steps=6, guidance_scale=3.0, seeds=(0, 1))
@@ -65,6 +69,55 @@ def test_a_hand_made_layer_loses_what_the_formula_says():
     assert torch.equal(wanda.pruning_mask(weight, norms, empty, sparsity=0.5), expected)
     assert not wanda.pruning_mask(weight, norms, empty, sparsity=0).any()
     assert torch.equal(wanda.pruning_mask(weight, norms[:1], empty[:1], sparsity=0.25).sum(1), torch.tensor([1, 1]))
+
+
+def test_a_share_is_rounded_or_cut_off():
+    weight, norms = torch.arange(1.0, 1281)[None], torch.ones(1, 1280)  # 1% of them are 12.8
+    counts = [wanda.pruning_mask(weight, norms, 0 * norms, 0.01, **how).sum() for how in ({}, {"whole": int})]
+    assert counts == [13, 12]
+
+
+def authors_scores(pipe, prompt, name, config):
+    """(K, rows, columns) float64: |W| times the norms of a layer's inputs, of both halves of each guided batch."""
+    layer, steps = pipe.unet.get_submodule(name), []
+    handle = layer.register_forward_hook(lambda layer, args, output: steps.append(args[0].double()))
+    embeds, noise = encode_prompts(pipe, [prompt] * len(config.seeds)), initial_latents(pipe, config.seeds)
+    denoise(pipe, noise, embeds, num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
+    handle.remove()
+    tokens = [torch.nn.functional.normalize(x.flatten(0, 1), dim=1) for x in steps[: config.steps]]
+    return torch.stack([layer.weight.double().abs() * x.norm(dim=0) for x in tokens])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd1", "tiny_testbed"])
+def test_the_authors_way_has_both_halves_of_guidance_and_cuts_off(name, request):
+    pipe, layer = request.getfixturevalue(name), "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
+    config = wanda.Config(sparsity=0.12, steps=3, num_inference_steps=6, guidance_scale=3.0, seeds=(0, 1))  # 7.7 of 64
+    prompt = targets("a cat on a red car")
+    ours, theirs = (wanda.localize_each(pipe, prompt, config, authors=authors)[0] for authors in (False, True))
+    expected, sure = torch.zeros(16, 64, dtype=torch.bool), torch.ones(16, 64, dtype=torch.bool)
+    scores, scores_empty = (authors_scores(pipe, text, layer, config) for text in ("a cat on a red car", ""))
+    for score, score_empty in zip(scores, scores_empty, strict=True):
+        order = score.sort(dim=1, descending=True).values
+        least, next_one = order[:, [int(0.12 * 64) - 1]], order[:, [int(0.12 * 64)]]
+        expected |= (score >= least) & (score > score_empty)
+        near = [(score / limit - 1).abs() < 1e-5 for limit in (score_empty, (least + next_one) / 2)]
+        sure &= ~(near[0] | near[1])
+    assert sure.float().mean() > 0.9  # the others hang on the last bit
+    mask = theirs.masks[f"{layer}.weight"]
+    assert torch.equal(mask[sure], expected[sure]) and mask.any()
+    assert not torch.equal(mask, ours.masks[f"{layer}.weight"])
+    assert (ours.config["authors"], theirs.config["authors"]) == (False, True)
+
+
+def test_the_authors_way_is_a_case_of_its_own_and_the_usual_one_is_the_case_that_it_was(sd1, tmp_path):
+    store = Store(tmp_path)
+    for options in ({}, {"authors": False}, {"authors": True}):
+        cached_edits(wanda.localize_each, sd1, targets("a cat"), CONFIG, store, **options)
+    cases = [json.loads(np.load(file)["__config__"].item()) for file in tmp_path.iterdir()]
+    assert sorted("authors" in case for case in cases) == [False, True]
+    settings = {"sparsity", "steps", "num_inference_steps", "guidance_scale", "seeds", "layers"}
+    assert all(case["config"].keys() == settings for case in cases)
 
 
 def test_layers_are_the_sixteen_of_stable_diffusion(pipe):
