@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash, current_hash, hashed_once
 from .generation import generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
-from .similarity import TRANSFORMS, load_sscd
+from .similarity import SSCD, TRANSFORMS, load_sscd
 from .store import canonical_json
 
 
@@ -480,6 +480,48 @@ def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd
     results = store.map(cases, _of_numbers(compute, cases), batch_size=32, progress=False)
     table = pd.DataFrame([{name: value.item() for name, value in result.items()} for result in results])
     return table.assign(target=[target.id for target in targets])
+
+
+def kept(store, what, compute, **inputs) -> dict:
+    """A notebook's own result from the store, or `compute(**inputs)`: the key is what it is, and all that it is given.
+
+    So nothing that the result depends on can be missing from the key, as long as `compute` uses its arguments alone;
+    tests/test_notebook_keys.py sees to that.
+
+    Args:
+        what: a name, such as "NeMo's decisions".
+        compute: a function that returns a dict of named arrays.
+        inputs: pipelines, edits, statistics, an SSCD, targets, settings (dataclasses), images, tensors; what JSON has;
+            and lists and dicts of those.
+
+    Raises:
+        TypeError: an input of another kind, of which no key is known.
+    """
+    key = {"what": what, "dori_utils": __version__, **{name: _key_of(value) for name, value in inputs.items()}}
+    return store.fetch(key, lambda: compute(**inputs))
+
+
+def _key_of(value):
+    """What stands for a value in a key: itself if JSON has it, else a fingerprint of all of it."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {name: _key_of(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_key_of(item) for item in value]
+    if isinstance(value, Image.Image):
+        return _data_hash(value)
+    if isinstance(value, torch.Tensor):
+        return _hash(value)
+    if isinstance(value, Edit | nemo.Statistics):
+        return value.fingerprint()
+    if isinstance(value, SSCD):
+        return value.name
+    if hasattr(value, "unet"):  # a pipeline
+        return {"model": current_hash(value), **_beside_weights(value)}
+    if is_dataclass(value):
+        return {"of": type(value).__name__} | {f.name: _key_of(getattr(value, f.name)) for f in fields(value)}
+    raise TypeError(f"A {type(value).__name__} cannot be part of a key: give what it is made of.")
 
 
 def _of_numbers(compute, cases: list[dict]) -> Callable:
