@@ -28,8 +28,9 @@ from scipy.spatial.distance import cdist
 from .attack import AttackConfig
 from .audit import cached_attack, cached_embeddings
 from .bars import tqdm
+from .detection import ddim
 from .edits import Edit, check_comparable
-from .generation import denoise, initial_latents
+from .generation import initial_latents
 from .nemo import neurons
 
 # What the paper has for SD v1.4, layers 1 to 7: value layers and feed-forward layers of the down and middle blocks.
@@ -211,7 +212,8 @@ def activation_discrepancy(
     """How differently layers answer to N embeddings that start from the same initial noise.
 
     Which output the paper takes is not published; here it is the layer's own. At the first step all rows have the same
-    latent. Later ones are on each embedding's own way, without guidance.
+    latent. Later ones are on each embedding's own way, without guidance, with DDIM whatever sampler the pipeline has:
+    the first evaluations of Stable Diffusion's PNDM are of one and the same timestep.
 
     Args:
         prompt_embeds: (N, T, D).
@@ -226,14 +228,15 @@ def activation_discrepancy(
     chosen = {name: module for name, module in pipe.unet.named_modules() if re.search(layers, name)}
     if not chosen:
         raise ValueError(f"No layer of this {type(pipe.unet).__name__} has a name that fits {layers!r}.")
-    noise = initial_latents(pipe, [seed])
+    noise, scheduler = initial_latents(pipe, [seed]), ddim(pipe, num_inference_steps)
     outputs = {name: [] for name in chosen}
     with tqdm(total=len(prompt_embeds), desc="activations", disable=not progress) as bar:
         for part in prompt_embeds.to(pipe.unet.device, pipe.unet.dtype).split(batch_size):
             with _outputs(chosen) as of_part:
                 latents = noise.expand(len(part), -1, -1, -1)
-                schedule = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0}
-                denoise(pipe, latents, part, stop_after=steps, **schedule)
+                for t in scheduler.timesteps[:steps]:
+                    output = pipe.unet(latents, t, encoder_hidden_states=part).sample
+                    latents = scheduler.step(output, t, latents).prev_sample
             for name, by_step in of_part.items():
                 outputs[name].append(torch.stack(by_step))  # (K, B, F)
             bar.update(len(part))
@@ -409,6 +412,8 @@ def permutation_test(matrix, images, resamples=1999, seed=0):
 def difference_test(a, b, paired):
     """Difference of the means of a and b, one number an image, and its two-sided permutation p.
 
+    Of eight images and eight others all 12,870 ways to change groups are tried, so that p is exact; of more, 19,999.
+
     paired: a[i] and b[i] are of the same image, and change places within it; else images change groups.
     """
     from scipy.stats import permutation_test as scipy_test
@@ -419,7 +424,56 @@ def difference_test(a, b, paired):
         lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
         permutation_type="samples" if paired else "independent",
         vectorized=True,
-        n_resamples=9999,
+        n_resamples=19_999,
         rng=np.random.default_rng(0),
     )
     return float(test.statistic), float(test.pvalue)
+
+
+def difference_interval(a, b, paired):
+    """95% interval (low, high) of what `difference_test` tests: Student's, and Welch's for groups of their own.
+
+    For eight numbers a group the bootstrap is too narrow.
+    """
+    from scipy.stats import ttest_ind, ttest_rel
+
+    test = ttest_rel(a, b) if paired else ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval()
+    return float(low), float(high)
+
+
+def rate_test(ours, theirs):
+    """p of Fisher's exact test, two-sided, that two memorization rates differ: rows of `audit.summarize`."""
+    from scipy.stats import fisher_exact
+
+    back = [round(row["rate"] * row["targets"]) for row in (ours, theirs)]
+    return float(fisher_exact([back, [ours["targets"] - back[0], theirs["targets"] - back[1]]]).pvalue)
+
+
+def holm(p):
+    """p-values (N,) corrected for there being N of them (Holm, 1979).
+
+    Whoever believes what is below 0.05 is wrong, in one of them or more, in at most 5% of such tables.
+    """
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(stepped, 1)
+    return corrected
+
+
+def difference_tests(pairs):
+    """`difference_test` of each claim → (a, b, paired), a row for each: claim, difference, low, high, p, Holm."""
+    rows = [(claim, *difference_test(*pair), *difference_interval(*pair)) for claim, pair in pairs.items()]
+    table = pd.DataFrame(rows, columns=["claim", "difference", "p", "low", "high"])
+    return table.assign(Holm=holm(table["p"]))[["claim", "difference", "low", "high", "p", "Holm"]]
+
+
+def as_notes(tests):
+    """Tests as lines for the head of a CSV (`plots.save_figure`): claim → difference, its interval, p, Holm."""
+    notes = {}
+    for test in tests.to_dict("records"):
+        interval = "" if np.isnan(test["low"]) else f" ({test['low']:.2g} to {test['high']:.2g})"
+        notes[test["claim"]] = f"{test['difference']:.3g}{interval}, p {test['p']:.2g}, Holm {test['Holm']:.2g}"
+    return notes

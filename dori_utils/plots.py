@@ -41,6 +41,7 @@ MITIGATIONS = {
     "ESD": "#C977AE",
     "Concept Ablation": "#E18704",
     "SISS": "#3DA6FF",
+    "without attack inside": "#9944FF",  # fine-tuning's ablation
 }
 PALETTE = KINDS | MITIGATIONS
 
@@ -267,7 +268,7 @@ def interval_bars(
     ax.set_xticks(range(len(labels)), labels)
     ax.margins(x=0.02)
     for x, (value, (_, high)) in enumerate(zip(values, intervals, strict=True)):
-        ax.annotate(f"{value:.2f}", (x, high), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6)
+        ax.annotate(f"{value:z.2f}", (x, high), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6)
 
 
 def attack_bars(axes: Sequence[Axes], summary: pd.DataFrame, colors: Mapping[str, str], paper: Mapping) -> None:
@@ -294,7 +295,7 @@ def attack_bars(axes: Sequence[Axes], summary: pd.DataFrame, colors: Mapping[str
             errors, line = np.abs([low - values, high - values]), {"elinewidth": 0.6}
             ax.bar(places + (number - 1) * 0.28, values, 0.28, yerr=errors, color=own_colors, error_kw=line)
         marks = [paper[name][published] if name in paper else np.nan for name in colors]
-        ax.scatter(places, marks, color="black", marker="D", s=9, zorder=3)
+        ax.scatter(places, marks, color="black", marker="D", s=9, zorder=3, clip_on=False)  # whole, also at 0
         ax.set_xticks(places, list(colors))
         ax.set(ylim=(0, 1.1), title=title)
     handles = [Patch(color=own_colors[-1], label=label) for label, (_, own_colors) in bars.items()]

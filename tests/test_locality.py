@@ -1,10 +1,12 @@
 """Locality: matrices of pairs, and what may be concluded from them; planted structure is found, its absence is not."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, PNDMScheduler
 
 from dori_utils import nemo, wanda
 from dori_utils.audit import cached_edits
@@ -13,15 +15,20 @@ from dori_utils.generation import encode_prompts, generate, initial_latents
 from dori_utils.locality import (
     PAPER,
     activation_discrepancy,
+    as_notes,
     between_interval,
     block_means,
     closest,
+    difference_interval,
     difference_test,
+    difference_tests,
     distances,
     embedding_map,
+    holm,
     permutation_test,
     probe,
     random_triggers,
+    rate_test,
     strongest,
     wanda_neurons,
     weight_agreement,
@@ -133,6 +140,22 @@ def test_every_step_is_compared_and_layers_must_exist(sd1):
         activation_discrepancy(sd1, embeds, "no such layer")
 
 
+@torch.no_grad()
+def test_each_step_is_one_of_its_own_whatever_sampler_the_pipeline_has(sd1):
+    """PNDM evaluates its second timestep twice; step k is that of DDIM, here to the last bit."""
+    embeds, seen = encode_prompts(sd1, ["a cat", "a dog"]), []
+    hook = sd1.unet.register_forward_pre_hook(lambda m, args: seen.append(int(args[1])))
+    sampler, results = sd1.scheduler, []
+    for other in (PNDMScheduler, DDIMScheduler):
+        sd1.scheduler = other.from_config(sampler.config)
+        settings = {"steps": 3, "num_inference_steps": 50, "progress": False}
+        results.append(activation_discrepancy(sd1, embeds, r"\.ff\.net\.2$", **settings).l2)
+    hook.remove()
+    sd1.scheduler = sampler
+    assert seen[:3] == seen[3:] and len(set(seen[:3])) == 3
+    assert all(np.array_equal(results[0][layer], results[1][layer]) for layer in results[0])
+
+
 # --- Weights ---
 
 VALUE = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
@@ -229,6 +252,43 @@ def test_differences_of_images_are_exact_for_a_few():
     a, b = [3.0, 4, 5, 6, 7, 8], [1.0, 2, 3, 4, 5, 6]
     assert difference_test(a, b, paired=True) == (2, pytest.approx(2 / 2**6))  # of 64 signs, two are as extreme
     assert difference_test(a, b, paired=False)[1] > 0.05
+
+
+def test_eight_images_against_eight_have_an_exact_p():
+    a, b = np.arange(8) + 100.0, np.arange(8) + 0.0
+    assert difference_test(a, b, paired=False)[1] == pytest.approx(2 / math.comb(16, 8))  # the smallest there is
+    assert difference_test(a, b, paired=True)[1] == 2 / 2**8
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_interval_of_a_difference_covers_it_for_eight_images(paired):
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        low, high = difference_interval(rng.normal(1, 1, 8), rng.normal(0, 2, 8), paired)
+        inside += low <= 1 <= high
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_holm_steps_down_from_the_smallest():
+    assert holm([0.04, 0.01, 0.03]).tolist() == pytest.approx([0.06, 0.03, 0.06])  # 3 * .01, 2 * .03, then no smaller
+    assert holm([0.5, 0.9]).tolist() == [1, 1]
+
+
+def test_rates_are_compared_by_the_numbers_of_images_that_came_back():
+    """15 of 16 against 0 of 8, margins fixed: of C(24, 15) tables 16 are this one, and none else is as rare."""
+    ours, theirs = {"rate": 15 / 16, "targets": 16}, {"rate": 0.0, "targets": 8}
+    assert rate_test(ours, theirs) == pytest.approx(16 / math.comb(24, 15))
+    assert rate_test(theirs, theirs) == 1
+
+
+def test_tests_of_a_table_are_corrected_together_and_written_down():
+    a, b = [3.0, 4, 5, 6, 7, 8], [1.0, 2, 3, 4, 5, 5]
+    table = difference_tests({"shifted": (a, b, True), "not": (a, a[::-1], False)})
+    assert table["claim"].tolist() == ["shifted", "not"] and table["Holm"].tolist() == holm(table["p"]).tolist()
+    assert table["difference"].tolist() == pytest.approx([13 / 6, 0]) and table["low"][1] < 0 < table["high"][1]
+    assert as_notes(table)["shifted"] == "2.17 (1.7 to 2.6), p 0.031, Holm 0.062"
+    unknown = table.assign(low=np.nan, high=np.nan)
+    assert as_notes(unknown)["not"] == "0, p 1, Holm 1"
 
 
 # --- Triggers ---

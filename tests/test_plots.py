@@ -244,6 +244,24 @@ def test_bars_carry_their_intervals():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["NeMo", "Wanda"]
 
 
+def test_a_bar_that_rounds_to_nothing_has_no_sign():
+    _, ax = plt.subplots()
+    plots.interval_bars(ax, ["a", "b"], [-0.004, -0.02], [(-0.01, 0), (-0.03, 0)], ["#000000"] * 2)
+    assert [text.get_text() for text in ax.texts] == ["0.00", "-0.02"]
+
+
+def test_the_papers_marks_are_whole_at_zero():
+    rows = [
+        {"kind": kind, "attack": attack, "mitigation": "NeMo", "sscd": 0.5, "rate": 0.0}
+        | {"sscd_low": 0.4, "sscd_high": 0.6, "low": 0.0, "high": 0.3}
+        for kind, attack in (("VM", "none"), ("VM", "DoRI"), ("control", "DoRI"))
+    ]
+    _, axes = plt.subplots(1, 2)
+    plots.attack_bars(axes, pd.DataFrame(rows), {"NeMo": "#000000"}, {"NeMo": (0.4, 0.0)})
+    (marks,) = axes[1].collections[-1:]
+    assert marks.get_offsets()[0, 1] == 0 and not marks.get_clip_on()
+
+
 def test_a_curve_lies_in_its_band():
     _, ax = plt.subplots()
     plots.curve_with_interval(ax, [0, 1], [0.4, 0.5], [0.3, 0.4], [0.6, 0.7], color=plots.PALETTE["NeMo"], label="NeMo")
