@@ -22,7 +22,6 @@ from dori_utils.similarity import SSCD
 from dori_utils.store import Store
 from dori_utils.targets import Target
 
-BY_HAND = {"04", "05", "08", "09"}  # these still write keys by hand: a notebook that no longer does leaves this list
 
 
 def code_of(path) -> str:
@@ -61,7 +60,7 @@ def kept_functions(code: str) -> list[str]:
     return [ast.unparse(call.args[2]) for call in calls if isinstance(call.func, ast.Name) and call.func.id == "kept"]
 
 
-@pytest.mark.parametrize("number", sorted(NOTEBOOKS.keys() - BY_HAND))
+@pytest.mark.parametrize("number", sorted(NOTEBOOKS))
 def test_no_notebook_writes_a_key_by_hand(number):
     assert "store.fetch(" not in NOTEBOOKS[number] and "store.map(" not in NOTEBOOKS[number]
 
