@@ -23,7 +23,6 @@ from dori_utils.store import Store
 from dori_utils.targets import Target
 
 
-
 def code_of(path) -> str:
     return "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
 
