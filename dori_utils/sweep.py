@@ -52,6 +52,15 @@ OBJECT_BYTES = 10**8  # of Ray's shared memory, by default a third of the machin
 RETRIES = 20  # of a case whose worker died: fewer are over before Ray has noticed that a node is gone
 START_SECONDS = 900  # for Ray to start; and for all workers of a cluster to be there and to have loaded the model
 
+RAY_SETTINGS = {  # of a Ray that the sweep starts itself, read from the environment
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
+    "RAY_worker_niceness": "0",  # by default 15: beside anything else a worker has a thirtieth of a core
+    # By default 30, 60 and 30 s, in which a machine that is busy may not start them; then they are killed.
+    "RAY_gcs_server_port_wait_time_s": str(START_SECONDS),
+    "RAY_worker_register_timeout_seconds": str(START_SECONDS),
+    "RAY_agent_register_timeout_ms": str(1000 * START_SECONDS),
+}
+
 
 class CasesFailed(Exception):
     """Cases that could not be computed, and why; the others are kept."""
@@ -365,9 +374,8 @@ def patiently(start, **options):
 
 
 def _import_ray():
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(START_SECONDS))  # 30 by default, as the next one
-    os.environ.setdefault("RAY_agent_register_timeout_ms", str(1000 * START_SECONDS))
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.util

@@ -340,7 +340,7 @@ def test_a_killed_driver_goes_on_where_it_was(options, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A running Ray cluster of one node, which has room for one worker."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    sweep._import_ray()  # with its settings
     import ray.cloudpickle
     from ray.cluster_utils import Cluster
 
