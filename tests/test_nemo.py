@@ -41,6 +41,7 @@ def memorizing(sd1_folder):
     energy, noise = secret.T @ secret / len(secret), ordinary.T @ ordinary / len(ordinary) + 1e-4 * torch.eye(16)
     whiten = torch.linalg.inv(torch.linalg.cholesky(noise))
     direction = whiten.T @ torch.linalg.eigh(whiten @ energy @ whiten.T).eigenvectors[:, -1]
+    direction *= (secret @ direction).sum().sign()  # LAPACK gives an eigenvector either way round
     layer, neuron = PLANTED
     with torch.no_grad():
         pipe.unet.conv_out.weight *= 10

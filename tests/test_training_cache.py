@@ -1,5 +1,6 @@
 """Mitigations that train and attacks that take long are kept: made once, resumed when killed, remade for other data."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -69,8 +70,9 @@ def test_of_two_that_want_the_same_at_once_one_trains(tiny_testbed, targets, sto
         work_is_there.append(work.is_dir())
         return edit
 
+    pipes = tiny_testbed, copy.deepcopy(tiny_testbed)  # as in two notebooks
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(cached_training, train, tiny_testbed, targets, QUICK, store, **data()) for _ in range(2)]
+        both = [pool.submit(cached_training, train, pipe, targets, QUICK, store, **data()) for pipe in pipes]
         one, other = [[edit.fingerprint() for edit in waiting.result()] for waiting in both]
     assert len(trained) == 1 and work_is_there == [True] and one == other
 
