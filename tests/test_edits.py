@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from dori_utils.edits import Edit, applied, applied_by_row, base_hash, check_fit
 from dori_utils.generation import encode_prompts, initial_latents
 from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
+from dori_utils.targets import Target
 
 ROWS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
 WEIGHTS = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
@@ -335,11 +335,11 @@ def test_files_made_under_the_former_names_of_a_text_encoder_are_of_the_same_mod
     layer = ROWS.removesuffix(".weight")
     layers = {layer: sd1.unet.get_submodule(layer)}
     mean = {layer: torch.zeros(len(parameter(sd1, ROWS)))}
-    nemo._check_statistics(base_hash(sd1), layers, nemo.Statistics(mean, mean, 0.4, former))
+    nemo._check_statistics(base_hash(sd1), layers, nemo.Statistics(mean, mean, 0.4, former), nemo.Config())
     with pytest.raises(ValueError, match="made for a model with the hash"), applied(sd2, edit):
         pass
     with pytest.raises(ValueError, match="statistics are of a model with the hash"):
-        nemo._check_statistics(base_hash(sd2), layers, nemo.Statistics(mean, mean, 0.4, former))
+        nemo._check_statistics(base_hash(sd2), layers, nemo.Statistics(mean, mean, 0.4, former), nemo.Config())
 
 
 @pytest.mark.parametrize("what", ["model", "parameter", "shape of a delta", "shape of a mask"])
@@ -355,7 +355,7 @@ def test_an_edit_that_does_not_fit_is_noticed_before_anything_is_computed(what, 
     with pytest.raises(ValueError, match="This edit by"):
         check_fits(sd1, [None, rows_off(sd1, 0), edit])
     monkeypatch.setattr(audit, "_audited", lambda *_: pytest.fail("the original is attacked first"))
-    target = SimpleNamespace(id="a")
+    target = Target("a", "a cat", None, "VM")
     with pytest.raises(ValueError, match="This edit by"):
         audit.audit(sd1, [target], PRESETS["smoke"], None, sscd=object(), edits={"original": None, "theirs": edit})
 
