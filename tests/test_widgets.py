@@ -20,7 +20,8 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from dori_utils.attack import AttackConfig, attack
+from dori_utils import attack as attack_module
+from dori_utils.attack import AttackConfig, attack, predict
 from dori_utils.audit import audit, detect
 from dori_utils.edits import Edit
 from dori_utils.generation import encode_prompts, generate
@@ -192,10 +193,18 @@ def test_one_runs_at_a_time(sd1, sscd):
 
 
 @pytest.mark.filterwarnings("ignore:The loss is no longer a number")
-def test_an_error_is_kept_and_the_next_one_runs(sd1, sscd):
+def test_an_error_is_kept_and_the_next_one_runs(sd1, sscd, monkeypatch):
     live = ended(LiveAttack(sd1, PRESET, sscd), TARGETS[2])
     assert isinstance(live.error, ValueError) and "lost has no image" in str(live.error)
-    ended(live, TARGETS[0], None, replace(CONFIG, lr=float("inf")))
+    predictions = []
+
+    def broken(*args):
+        predictions.append(predict(*args))
+        return predictions[-1] if len(predictions) == 1 else predictions[-1] * torch.nan
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attack_module, "predict", broken)
+        ended(live, TARGETS[0], None, CONFIG)
     assert "no longer a number at step 2: try a smaller learning rate" in str(live.error)
     ended(live, TARGETS[0], None, CONFIG)
     assert live.error is None and live.triggers.cases[0]["steps"] == 5
