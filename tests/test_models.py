@@ -238,12 +238,15 @@ def test_a_model_loaded_under_inference_mode_can_still_be_attacked(sd1_folder):
 
 def test_the_hash_does_not_depend_on_how_a_library_names_a_text_encoder(sd1):
     """Transformers up to 5.5 put text_model. in front; older ones also had position_ids among the weights."""
-    renamed = torch.nn.ModuleDict({"text_model": sd1.text_encoder})
+    unprefixed = getattr(sd1.text_encoder, "text_model", sd1.text_encoder)
+    renamed = torch.nn.ModuleDict({"text_model": unprefixed})
     renamed.register_buffer("position_ids", torch.arange(16)[None])
-    other = SimpleNamespace(unet=sd1.unet, vae=sd1.vae, text_encoder=renamed)
     names = list(renamed.state_dict())
     assert names[0] == "position_ids" and all(name.startswith("text_model.") for name in names[1:])
-    assert model_hash(other) == model_hash(sd1)
+    assert not any(name.startswith("text_model.") for name in unprefixed.state_dict())
+    for text_encoder in (renamed, unprefixed):
+        other = SimpleNamespace(unet=sd1.unet, vae=sd1.vae, text_encoder=text_encoder)
+        assert model_hash(other) == model_hash(sd1)
 
 
 def test_weights_of_a_unet_that_its_configuration_has_no_layer_for_are_not_dropped(folder):

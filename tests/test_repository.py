@@ -226,6 +226,29 @@ def test_make_lab_opens_copies_that_are_the_users_and_ignored_by_git(tmp_path):
     assert "/lab/" in ignored and "build/" in ignored
 
 
+def test_the_lowest_versions_of_what_the_package_needs_are_installed_together(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def make(*arguments):
+        return subprocess.run(["make", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    make(".venv-lowest/constraints.txt")
+    lines = (tmp_path / ".venv-lowest" / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines)
+    needed = [Requirement(text) for text in PROJECT["dependencies"]]
+    lowest = {r.name: [s.version for s in r.specifier if s.operator == ">="] for r in needed if r.marker is None}
+    assert len(pins) == len(lines) and pins.pop("torch") == _pins()["torch"]
+    assert {name: [version] for name, version in pins.items()} == {n: v for n, v in lowest.items() if n != "torch"}
+
+    assert "pip install --constraint .venv-lowest/constraints.txt --editable ." in make("-n", "test-lowest")
+    named = re.findall(r"tests/\w+\.py", make("-n", "test-lowest"))
+    assert named and all((ROOT / name).is_file() for name in named)
+    assert ".venv-lowest/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
 def test_an_old_python_gets_one_clear_message(recorded_make, tmp_path):
     old = tmp_path / "old"
     old.write_text("#!/bin/sh\nexit 1\n")
