@@ -78,7 +78,7 @@ PRESETS = {
             second_timestep=True,
         ),
         wanda=wanda.Config(sparsity=0.02, num_inference_steps=25, guidance_scale=3.0),
-        # Half of the paper's draws and of the time: under Wanda SSCD_Orig of 16 images is 0.75 instead of 0.77, MR 0.69
+        # Half of the paper's draws and of the time: under Wanda SSCD_Orig of 16 images is 0.76 instead of 0.77, MR 0.69
         # instead of 0.81. The scorecard has all eight. Recorded: the steps of the paper's figure.
         attack=AttackConfig(batch_size=4, record=(1, 10, 25, 50)),
         long_attack=AttackConfig(steps=500, batch_size=1, record=(50, 100, 200, 500)),
