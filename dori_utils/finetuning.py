@@ -15,7 +15,7 @@ pass over all pairs of target and surrogate. The ablation (`adversarial=False`) 
 place of y_adv.
 
 Ours: `recovery`, more steps with L_DM alone. L_adv costs ordinary captions some of their alignment; ordinary images
-win it back, and the memorized ones do not return with it, as notebook 08 and the scorecard measure.
+win most of it back, and none of the memorized ones that were tried returned with it (notebook 08 and the scorecard).
 
 Shapes: N targets, M surrogates of each; B pairs in a step, K draws of noise and timestep for each of them, and as many
 ordinary images.
