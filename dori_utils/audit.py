@@ -25,7 +25,7 @@ from .arguments import check_preset, listed
 from .attack import AttackConfig, Triggers, attack, cases_together
 from .detection import first_step_similarity, noise_magnitude
 from .edits import Edit, base_hash, check_fits, current_hash, exclusive, hashed_once
-from .generation import _scheduler, generate
+from .generation import count_evaluations, generate
 from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
 from .pictures import to_rgb
 from .similarity import SSCD, TRANSFORMS, load_sscd
@@ -147,8 +147,7 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
 
     seconds = [case["seconds"] for case in _generated(pipe, prompts, preset.seeds, preset, store)]
     scores = diversity(cached_embeddings(pipe, prompts, preset.seeds, preset, store, sscd))
-    evaluations = len(_scheduler(pipe, steps).timesteps)  # PNDM makes one more than it has steps
-    cost = (2 if preset.guidance_scale > 1 else 1) * evaluations * len(preset.seeds)
+    cost = (2 if preset.guidance_scale > 1 else 1) * count_evaluations(pipe, steps) * len(preset.seeds)
     rows += [_detected(p, "seed diversity", s, cost, t) for p, s, t in zip(prompts, scores, seconds, strict=True)]
     table = pd.DataFrame(rows)
     table.attrs = provenance(pipe, preset, sscd)
@@ -603,15 +602,18 @@ def scores_by_target(rows: pd.DataFrame) -> np.ndarray:
     return rows.pivot(index="target", columns="seed", values="sscd").loc[rows["target"].unique()].to_numpy()
 
 
-def summarize(rows: pd.DataFrame, by: str | list[str] = "kind") -> pd.DataFrame:
+def summarize(rows: pd.DataFrame, by: str | list[str] = "kind", interval=bootstrap_interval) -> pd.DataFrame:
     """One row for each group of targets: how many, mean SSCD_Orig, MR and both with 95% intervals.
 
     One target has a mean without an interval (NaN).
+
+    Args:
+        interval: of the mean: (N,) numbers, one a target, N > 1, to (low, high).
     """
     groups = []
     for name, group in rows.groupby(by, sort=False):
         scores = scores_by_target(group)
-        low, high = bootstrap_interval(scores.mean(axis=1)) if len(scores) > 1 else (np.nan, np.nan)
+        low, high = interval(scores.mean(axis=1)) if len(scores) > 1 else (np.nan, np.nan)
         names = dict(zip([by] if isinstance(by, str) else by, np.atleast_1d(np.array(name, dtype=object)), strict=True))
         mean = {"sscd": scores.mean(), "sscd_low": low, "sscd_high": high}
         groups.append(names | mean | asdict(memorization_rate(scores)))

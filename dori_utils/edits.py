@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .models import differing_settings, listed, model_hash, todays_hash
+from .models import differing_settings, first_three, model_hash, todays_hash
 
 _BASE = weakref.WeakKeyDictionary()  # a U-Net that edits are applied to → the hash of its pipeline without them
 _LOCKS = weakref.WeakKeyDictionary()  # a U-Net → the lock of the thread that counts on its weights, or edits them
@@ -101,10 +101,10 @@ class Edit:
             if delta.any():
                 deltas[name] = delta
         if extra := sorted(theirs.keys() - dict(pipe.unet.named_parameters()).keys()):
-            raise ValueError(f"The other U-Net is of another architecture: it has more, {listed(extra)}.")
+            raise ValueError(f"The other U-Net is of another architecture: it has more, {first_three(extra)}.")
         if differ := differing_settings(pipe.unet, other_unet, ignored=("dropout",)):
             settings = [f"{name} is {other_unet.config.get(name)}, here {pipe.unet.config[name]}" for name in differ]
-            raise ValueError(f"The other U-Net is of another architecture: its {listed(settings)}.")
+            raise ValueError(f"The other U-Net is of another architecture: its {first_three(settings)}.")
         if not deltas:
             raise ValueError("The other U-Net has the same weights as the pipeline's: there is nothing to audit.")
         return cls(method, base_hash(pipe), targets=targets, deltas=deltas)

@@ -74,7 +74,7 @@ def generate(
         raise ValueError(f"{len(edits)} edits for {len(embeds)} prompts: give one (or None) for each.")
     cases = [(row, seed) for row in range(len(embeds)) for seed in seeds]
     batches = [cases[i : i + batch_size] for i in range(0, len(cases), batch_size)]
-    steps = len(_scheduler(pipe, num_inference_steps).timesteps)  # PNDM takes more than num_inference_steps
+    steps = count_evaluations(pipe, num_inference_steps)
 
     images = []
     bar = tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress)
@@ -225,6 +225,11 @@ def _check_finite(latents, cases):
                 f"NaN or infinity while generating prompt number {row} with seed {seed}. Check its embedding and the "
                 "weights for NaN; in float16 try dtype=torch.float32."
             )
+
+
+def count_evaluations(pipe, num_inference_steps):
+    """How often sampling asks the U-Net: PNDM once more than it has steps."""
+    return len(_scheduler(pipe, num_inference_steps).timesteps)
 
 
 def _scheduler(pipe, num_inference_steps):

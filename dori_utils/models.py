@@ -85,7 +85,7 @@ def load_pipeline(name_or_path="testbed", *, base=None, device=None, dtype=None,
                 folder, **parts, safety_checker=None, requires_safety_checker=False, local_files_only=True
             )
     except Exception as error:
-        raise OSError(f"Cannot load the model in {folder}: {_first_line(error)}. {_repair(folder)}") from error
+        raise OSError(f"Cannot load the model in {folder}: {first_line(error)}. {_repair(folder)}") from error
     _check_cross_attention(pipe.unet, folder)
     for part in parts.values():
         part.eval().requires_grad_(False)
@@ -238,7 +238,7 @@ def _download(hub_id, revision, local_files_only):
         )
         raise OSError(
             f"Cannot get model {hub_id!r} from the Hugging Face Hub, and there is no such local folder. {advice} "
-            f"The Hub's words: {_first_line(error.__cause__ or error)}."
+            f"The Hub's words: {first_line(error.__cause__ or error)}."
         ) from error
     return Path(folder)
 
@@ -256,7 +256,7 @@ def _download_configuration(hub_id, revision, local_files_only):
         raise OSError(
             f"Cannot get the configuration of {hub_id!r}, which a single file does not hold, from the Hugging Face "
             f"Hub{' as it is cached here' if local_files_only else ''}. Give as `base` (--base) the model that the "
-            f"file was made from, as a folder in diffusers' layout. The Hub's words: {_first_line(error)}."
+            f"file was made from, as a folder in diffusers' layout. The Hub's words: {first_line(error)}."
         ) from error
     return Path(folder)
 
@@ -316,7 +316,7 @@ def _load_single_file(file, base, dtype, local_files_only):
             )
     except Exception as error:
         # What torch says when it casts a parameter that no weight was found for.
-        lacks = "it lacks weights" if isinstance(error, NotImplementedError) else _first_line(error)
+        lacks = "it lacks weights" if isinstance(error, NotImplementedError) else first_line(error)
         raise OSError(
             f"Cannot load {file} with the configuration of {folder}: {lacks}. The file must hold all of U-Net, VAE and "
             "text encoder in Stable Diffusion's original names, and `base` (--base) be the model that it was made from."
@@ -389,11 +389,11 @@ def check_all_used(file, keys, unet):
         named = convert_ldm_unet_checkpoint({key: key for key in theirs}, unet.config)  # diffusers' name → the file's
         unused = sorted(theirs - {named.get(name) for name in unet.state_dict()})
         raise ValueError(
-            f"The U-Net in {file} is of another architecture than the pipeline's: it has more, {listed(unused)}."
+            f"The U-Net in {file} is of another architecture than the pipeline's: it has more, {first_three(unused)}."
         )
 
 
-def listed(names):
+def first_three(names):
     """The first three names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -407,7 +407,7 @@ def _check_safetensors(file):
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise OSError(f"Corrupt weight file {file} ({_first_line(error)}). {_repair(file.parent.parent)}") from error
+        raise OSError(f"Corrupt weight file {file} ({first_line(error)}). {_repair(file.parent.parent)}") from error
 
 
 def _load_part(folder, part, dtype):
@@ -428,7 +428,7 @@ def from_pretrained(model_class, folder):
     if report["missing_keys"]:
         raise ValueError(f"weights are missing from {folder}: {', '.join(sorted(report['missing_keys'])[:3])}")
     if model_class.__name__ == "UNet2DConditionModel" and report["unexpected_keys"]:
-        unused = listed(sorted(report["unexpected_keys"]))
+        unused = first_three(sorted(report["unexpected_keys"]))
         raise ValueError(f"{folder} holds weights that no layer in its config.json has: {unused}")
     return model
 
@@ -464,5 +464,5 @@ def _repair(folder):
     return "Download it again (a Hub model: `hf cache rm` first) or save it again (`pipe.save_pretrained(folder)`)."
 
 
-def _first_line(error):
+def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -124,10 +124,7 @@ def settings_table(rows):
     """
     by = ["mitigation", "images_of", "attack", "steps"]
     rows = rows.assign(images_of=np.where(rows["kind"] == "control", "control", "targets"))
-    table = summarize(rows, by)
-    means = rows.groupby([*by, "target"], sort=False)["sscd"].mean().groupby(by, sort=False)
-    intervals = pd.DataFrame([_mean_interval(values) for _, values in means], columns=["sscd_low", "sscd_high"])
-    return table.assign(**intervals)  # both in the order in which the groups come in the rows
+    return summarize(rows, by, _mean_interval)
 
 
 def _mean_interval(values):

@@ -21,7 +21,7 @@ import torch
 
 from . import models
 from .edits import Edit, check_fits, known_base
-from .models import PICKLED, differing_settings, listed, load_unet, quiet
+from .models import PICKLED, differing_settings, first_line, first_three, load_unet, quiet
 
 PEFT = "base_model.model."  # what names begin with in peft's own files
 SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")  # settings that matter
@@ -122,7 +122,7 @@ def _parts_of_folder(pipe, folder):
                     found[part] = type(own).from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise OSError(
-                f"{place} cannot be compared with the pipeline's {part} ({models._first_line(error)}). If nothing but "
+                f"{place} cannot be compared with the pipeline's {part} ({first_line(error)}). If nothing but "
                 f"the U-Net was changed, give its folder alone: {folder / 'unet'}."
             ) from error
     return found
@@ -149,7 +149,7 @@ def _changed_parts_of_checkpoint(pipe, path, keys):
         except (SingleFileComponentError, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"The {' or '.join(theirs)} in {path} is of another architecture than the pipeline's, or lacks weights "
-                f"({models._first_line(error)}). {_of_its_own(path)}"
+                f"({first_line(error)}). {_of_its_own(path)}"
             ) from error
     return changed + _changed_parts(pipe, {part: getattr(other, part) for part in theirs})
 
@@ -230,7 +230,7 @@ def _warn_of_changes_around(pipe, folder):
     try:
         changed = _changed_parts(pipe, _parts_of_folder(pipe, around))
     except OSError as error:
-        differs = f"may differ in more: {models._first_line(error.__cause__)}."
+        differs = f"may differ in more: {first_line(error.__cause__)}."
     else:
         differs = changed and f"differs in its {' and '.join(changed)}, too. {_of_its_own(around)}"
     if differs:
@@ -312,7 +312,7 @@ def _lora(pipe, path, name):
     deltas = {f"{layer}.weight": module.get_delta_weight("theirs").detach().float() for layer, module in layers.items()}
     named = {_flat(layer): f"{layer}.weight" for layer in layers}
     if unknown := sorted(magnitudes.keys() - named):
-        raise ValueError(f"The DoRA in {path} has magnitudes of layers that it does not adapt: {listed(unknown)}.")
+        raise ValueError(f"The DoRA in {path} has magnitudes of layers that it does not adapt: {first_three(unknown)}.")
     for layer, magnitude in magnitudes.items():
         parameter = named[layer]
         weight = pipe.unet.get_parameter(parameter).detach().float()
