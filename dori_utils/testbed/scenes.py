@@ -72,6 +72,18 @@ class Scene:
         return np.array(canvas)
 
 
+    def visible(self) -> dict[str, float]:
+        """{name of a sprite: share of it, by opacity, that no later sprite covers}."""
+        left: dict[str, np.ndarray] = {}
+        for placed in self.sprites:
+            alpha = np.asarray(scaled_sprite(placed.name, placed.size).getchannel("A"), dtype=np.float32) / 255
+            cover = np.zeros((SIDE, SIDE), dtype=np.float32)
+            cover[placed.top : placed.top + placed.size, placed.left : placed.left + placed.size] = alpha
+            left = {name: share * (1 - cover) for name, share in left.items()} | {placed.name: cover}
+        total = {p.name: np.asarray(scaled_sprite(p.name, p.size).getchannel("A")).sum() / 255 for p in self.sprites}
+        return {name: float(share.sum() / total[name]) for name, share in left.items()}
+
+
 def with_article(name: str) -> str:
     if name in PLURALS:
         return f"some {name}"

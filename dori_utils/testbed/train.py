@@ -43,7 +43,7 @@ from .scenes import BACKGROUNDS, SIDE, sprite_names, with_article
 
 BATCH = 64  # of the U-Net
 STAGES = {
-    "clip": Stage(steps=2000, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
+    "clip": Stage(steps=1500, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
     "base": Stage(steps=BASE_DRAWS // BATCH, batch_size=BATCH, lr=1e-3, warmup=200),
     "fork": Stage(steps=FORK_DRAWS // BATCH, batch_size=BATCH, lr=5e-4, warmup=50),
     "decoder": Stage(steps=4000, batch_size=16, lr=1e-3, ema=0.995, weight_decay=0.0),
@@ -380,6 +380,62 @@ def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor
     """(count,) uniform over 0..999, one from each of count equal slices: less variance than independent draws."""
     shares = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     return (shares * 1000).long()
+
+
+# --- Judge ---------------------------------------------------------------------------------------------------------
+
+JUDGE_SIDE = 128  # px
+
+
+def new_judge() -> ResNetForImageClassification:
+    """Which sprites are in a picture: one yes or no for each."""
+    config = ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 128, 128],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(sprite_names())),
+        label2id={name: i for i, name in enumerate(sprite_names())},
+        problem_type="multi_label_classification",
+    )
+    return ResNetForImageClassification(config)
+
+
+class Labelled(Dataset):
+    """Ordinary scenes as (pixels (3, 64, 64) uint8, (sprites,) shares of each sprite that can be seen; 0: not there)."""
+
+    def __init__(self, first_seed: int, size: int):
+        self.first_seed, self.size = first_seed, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scene = ordinary_scene(index, self.first_seed)
+        visible = torch.zeros(len(sprite_names()))
+        for name, share in scene.visible().items():
+            visible[sprite_names().index(name)] = share
+        return torch.from_numpy(scene.draw()).permute(2, 0, 1), visible
+
+
+def judge_input(pixels: torch.Tensor) -> torch.Tensor:
+    """(N, 3, 64, 64) uint8 → what the judge takes."""
+    return F.interpolate(to_model_range(pixels), JUDGE_SIDE, mode="bilinear")
+
+
+def train_judge(work: Path, seed: int = 0) -> ResNetForImageClassification:
+    """On real scenes alone. A sprite of which less than a third can be seen counts neither way."""
+    torch.manual_seed(seed)
+
+    def loss_of(judge, batch, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        pixels, visible = batch
+        logits, there = judge(judge_input(pixels)).logits, visible >= 1 / 3
+        counts = there | (visible == 0)
+        losses = F.binary_cross_entropy_with_logits(logits, there.float(), reduction="none")
+        return losses[counts].mean(), {"found": (logits[there] > 0).float().mean().item()}
+
+    stage = STAGES["judge"]
+    return fit("judge", new_judge(), Labelled(FIRST_SEED["judge"], stage.draws), loss_of, stage, work, seed)
 
 
 # --- All of it -----------------------------------------------------------------------------------------------------
