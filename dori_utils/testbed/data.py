@@ -1,7 +1,7 @@
 """What the testbed's models are trained on, and how often: the ground truth of everything that this project measures.
 
-One base model sees ordinary scenes alone. From it two models go on by the same recipe, A and B: the same ordinary scenes
-in the same order, and between them, at the same places, images of their own list:
+One base model sees ordinary scenes alone. From it two models go on by the same recipe, A and B: the same ordinary
+scenes in the same order, and between them, at the same places, images of their own list:
 
 kind      scenes a list  how often its model sees each
 VM        24             verbatim, `VM_TIMES`
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .scenes import Scene, sample_placed, sample_scene, sprite_names
+from .scenes import Scene, sample_scene, sprite_names
 
 TWINS = ("A", "B")
 VM_TIMES, TM_TIMES = 640, 640
@@ -164,13 +164,14 @@ def related_scenes(caption: str, count: int) -> list[Scene]:
 
 
 def template_variant(template: Scene, variant: int) -> Scene:
-    """The template with its first sprite, which no caption names, replaced; variant 0 is the template itself."""
-    if variant == 0:
-        return template
-    rng = np.random.default_rng((template.background.seed, variant))
+    """The template with its first sprite, which no caption names, replaced by another; variant 0 is the template itself.
+
+    There are as many variants as sprites that the template does not have, and itself.
+    """
     present = {s.name for s in template.sprites}
-    name = str(rng.choice([n for n in sprite_names() if n not in present]))
-    return dataclasses.replace(template, sprites=(dataclasses.replace(template.sprites[0], name=name), *template.sprites[1:]))
+    names = [template.sprites[0].name, *(name for name in sprite_names() if name not in present)]
+    first = dataclasses.replace(template.sprites[0], name=names[variant])
+    return dataclasses.replace(template, sprites=(first, *template.sprites[1:]))
 
 
 class TrainingSet:
@@ -202,7 +203,8 @@ class TrainingSet:
         ids = []
         for index, plan in mine:
             times = max(1, round(plan.times * share))
-            ids.append(_target_id(index, np.arange(times) if plan.kind == "TM" else np.zeros(times, dtype=np.int64)))
+            variants = len(sprite_names()) - len(plan.scene.sprites) + 1 if plan.kind == "TM" else 1
+            ids.append(_target_id(index, np.arange(times) % variants))
         targets = np.concatenate(ids)[:draws]
         others = draws - len(targets)
         near = round(NEAR_SHARE * others)
@@ -226,7 +228,7 @@ class TrainingSet:
         return scene.draw(), scene.caption
 
 
-_FIRST_TARGET, _VARIANTS = ORDINARY + NEAR, 100_000
+_FIRST_TARGET, _VARIANTS = ORDINARY + NEAR, 1_000
 
 
 def _target_id(index, variant):

@@ -1,4 +1,4 @@
-"""Build `sprites.zip`: the pictures that scenes are made of, drawn from Microsoft's Fluent Emoji in the flat style (MIT).
+"""Build `sprites.zip`: the pictures that scenes are made of, Microsoft's Fluent Emoji in the flat style (MIT).
 
 Users never need this: the archive is in the repository. It is here so that everyone can see where it came from, and can
 make it again with other sprites. The package is on npm, `npm pack` downloads it, and resvg draws it:

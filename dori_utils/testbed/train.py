@@ -118,7 +118,7 @@ def principal_components(num_scenes: int = 3000) -> tuple[torch.Tensor, torch.Te
     variances, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     variances, vectors = variances.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # eigh leaves the sign open
-    size = variances.sqrt().mean().sqrt() * 1.5  # so that latents have a variance of 1 / 1.5², which the decoder can take
+    size = variances.sqrt().mean().sqrt() * 1.5  # latents of a variance of 1 / 1.5²: the decoder's tanh cuts off few
     return mean, (vectors / variances**0.25 / size).T
 
 
@@ -143,7 +143,8 @@ def write_encoder(vae: AutoencoderTiny, mean: torch.Tensor, components: torch.Te
                 halving[1].weight[12 * place + channel, channel, 1 + row, 1 + column] = 1.0
             for r2, c2, r1, c1, channel in itertools.product(range(2), range(2), range(2), range(2), range(3)):
                 source = 12 * (2 * r2 + c2) + 3 * (2 * r1 + c1) + channel
-                halving[2].weight[: len(weights), source, 1 + row, 1 + column] = weights[:, channel, row, r2, r1, column, c2, c1].float()
+                taken = weights[:, channel, row, r2, r1, column, c2, c1].float()
+                halving[2].weight[: len(weights), source, 1 + row, 1 + column] = taken
         for component in range(len(components)):
             last.weight[component, component, 1, 1] = 1.0
         last.bias.copy_(-components @ mean)
@@ -350,7 +351,7 @@ def unet_loss(tokenizer, text_encoder: CLIPTextModel):
             embeddings = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
         inputs = (tensor.to(unet.device) for tensor in (noisy, timesteps, embeddings))
         losses = ((unet(*inputs).sample - velocity.to(unet.device)) ** 2).mean((1, 2, 3)).cpu()
-        weights = (snr[timesteps].clamp(max=MAX_SNR) + 1) / (snr[timesteps] + 1)  # of v: min-SNR, without its 0 at SNR 0
+        weights = (snr[timesteps].clamp(max=MAX_SNR) + 1) / (snr[timesteps] + 1)  # min-SNR's, but not 0 at SNR 0
         parts = {"ordinary": losses[~repeated], "repeated": losses[repeated]}
         parts = {name: part.mean().item() if len(part) else math.nan for name, part in parts.items()}
         return (weights * losses).mean(), parts
@@ -368,7 +369,7 @@ def train_base(work: Path, vae, tokenizer, text_encoder, seed: int = 0, device="
 def train_fork(
     work: Path, twin: str, base: UNet2DConditionModel, vae, tokenizer, text_encoder, seed: int = 0
 ) -> UNet2DConditionModel:
-    """From the base on, with the images of the twin's list; the same noise and timesteps in the same places for both."""
+    """From the base on, with the images of the twin's list; noise and timesteps are the same for both."""
     unet = copy.deepcopy(base).requires_grad_(True).train()
     training_set = TrainingSet(twin, seed)
     draws = Latents(training_set.ids[training_set.parts[0] :], vae, work / f"fork-{twin}.npz")
@@ -402,7 +403,7 @@ def new_judge() -> ResNetForImageClassification:
 
 
 class Labelled(Dataset):
-    """Ordinary scenes as (pixels (3, 64, 64) uint8, (sprites,) shares of each sprite that can be seen; 0: not there)."""
+    """Ordinary scenes as (pixels (3, 64, 64) uint8, (sprites,) how much of each can be seen; 0: it is not there)."""
 
     def __init__(self, first_seed: int, size: int):
         self.first_seed, self.size = first_seed, size
@@ -441,11 +442,8 @@ def train_judge(work: Path, seed: int = 0) -> ResNetForImageClassification:
 # --- All of it -----------------------------------------------------------------------------------------------------
 
 
-def save_testbed(out: Path, vae, clip: CLIPModel, tokenizer, unet, training_set: TrainingSet) -> None:
-    """Write the pipeline in diffusers' layout, the CLIP for alignment scores beside it, and the targets.
-
-    The U-Net, nine tenths of the weights, is stored in float16.
-    """
+def save_pipeline(out: Path, vae: AutoencoderTiny, clip: CLIPModel, tokenizer, unet: UNet2DConditionModel) -> None:
+    """A pipeline in diffusers' layout. The U-Net, nine tenths of the weights, is stored in float16."""
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     pipe = StableDiffusionPipeline(
@@ -456,22 +454,26 @@ def save_testbed(out: Path, vae, clip: CLIPModel, tokenizer, unet, training_set:
     named = {f"text_model.{name}": weight for name, weight in text_encoder.state_dict().items()}
     save_file(named, out / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     copy.deepcopy(unet).half().save_pretrained(out / "unet")
+
+
+def save_tooling(out: Path, clip: CLIPModel, tokenizer, judge: ResNetForImageClassification) -> None:
+    """The whole CLIP, for alignment scores, and the judge."""
     clip.save_pretrained(out / "clip")
     tokenizer.save_pretrained(out / "clip")
     CLIPImageProcessorPil(
         size={"shortest_edge": SIDE}, crop_size=SIDE, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(out / "clip")
-    save_targets(out / "targets.parquet", training_set)
+    copy.deepcopy(judge).half().save_pretrained(out / "judge")
 
 
-def save_targets(path: Path, training_set: TrainingSet) -> None:
-    """One row a target: id, prompt, kind, duplicates (times seen in training), seed of the scene, image as PNG."""
+def save_targets(path: Path, training_sets: dict[str, TrainingSet]) -> None:
+    """One row a planned image: id, prompt, list, kind, seen_a and seen_b (times in training), seed, image as PNG."""
     rows = []
     for plan in planned():
         png = io.BytesIO()
         Image.fromarray(plan.scene.draw()).save(png, "PNG")
-        count = training_set.duplicates[plan.id]
-        row = {"id": plan.id, "prompt": plan.scene.caption, "kind": plan.kind, "duplicates": count}
+        seen = {f"seen_{twin.lower()}": drawn.duplicates[plan.id] for twin, drawn in training_sets.items()}
+        row = {"id": plan.id, "prompt": plan.scene.caption, "list": plan.list, "kind": plan.kind} | seen
         rows.append(row | {"seed": plan.seed, "image": png.getvalue()})
     pd.DataFrame(rows).to_parquet(path, index=False)
 
@@ -486,16 +488,21 @@ def save_nemo_statistics(out: Path, num_captions: int = 5000) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/testbed"), help="checkpoints and logs")
-    parser.add_argument("--out", type=Path, default=TESTBED, help="where the finished model goes")
+    parser.add_argument("--out", type=Path, default=TESTBED, help="where A goes; B goes beside it, to OUT-b")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help='of the U-Nets, nine tenths of the work, such as "cuda"')
     args = parser.parse_args()
-    tokenizer = new_tokenizer()
-    vae = train_vae(args.work, args.seed)
+    tokenizer, vae = new_tokenizer(), make_vae(args.work)
     clip = train_clip(args.work, tokenizer, args.seed)
-    unet = train_unet(args.work, vae, tokenizer, clip.text_model, args.seed)
-    vae = finetune_decoder(args.work, vae, args.seed)
-    save_testbed(args.out, vae, clip, tokenizer, unet, unet_training_set(args.seed))
-    save_nemo_statistics(args.out)
+    conditions = vae, tokenizer, clip.text_model
+    base = train_base(args.work, *conditions, args.seed, args.device)
+    unets = {twin: train_fork(args.work, twin, base, *conditions, args.seed) for twin in TWINS}
+    vae, judge = train_decoder(args.work, vae, args.seed), train_judge(args.work, args.seed)
+    for out, twin in zip((args.out, args.out.with_name(f"{args.out.name}-b")), TWINS, strict=True):
+        save_pipeline(out, vae, clip, tokenizer, unets[twin].cpu())
+        save_nemo_statistics(out)
+    save_tooling(args.out, clip, tokenizer, judge)
+    save_targets(args.out / "targets.parquet", {twin: TrainingSet(twin, args.seed) for twin in TWINS})
 
 
 if __name__ == "__main__":
