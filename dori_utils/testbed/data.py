@@ -164,9 +164,9 @@ def related_scenes(caption: str, count: int) -> list[Scene]:
 
 
 def template_variant(template: Scene, variant: int) -> Scene:
-    """The template with its first sprite, which no caption names, replaced by another; variant 0 is the template itself.
+    """The template with its first sprite, which no caption names, replaced by another; variant 0 is the template.
 
-    There are as many variants as sprites that the template does not have, and itself.
+    There are as many more as sprites that the template does not have.
     """
     present = {s.name for s in template.sprites}
     names = [template.sprites[0].name, *(name for name in sprite_names() if name not in present)]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 SIDE = 64  # px
@@ -82,6 +83,11 @@ class Scene:
             left = {name: share * (1 - cover) for name, share in left.items()} | {placed.name: cover}
         total = {p.name: np.asarray(scaled_sprite(p.name, p.size).getchannel("A")).sum() / 255 for p in self.sprites}
         return {name: float(share.sum() / total[name]) for name, share in left.items()}
+
+
+def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 → float -1..1."""
+    return pixels.float() / 127.5 - 1
 
 
 def with_article(name: str) -> str:

@@ -23,15 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTokenizer,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from .. import nemo
 from ..bars import tqdm
@@ -39,7 +31,8 @@ from ..fitting import Stage, fit
 from ..models import TESTBED, load_pipeline
 from ..presets import PRESETS
 from .data import BASE_DRAWS, FIRST_SEED, FORK_DRAWS, TWINS, TrainingSet, ordinary_scene, plan_index, planned, scene_of
-from .scenes import BACKGROUNDS, SIDE, sprite_names, with_article
+from .judge import Labelled, judge_loss, new_judge
+from .scenes import BACKGROUNDS, SIDE, sprite_names, to_model_range, with_article
 
 BATCH = 64  # of the U-Net
 STAGES = {
@@ -69,11 +62,6 @@ class Scenes(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         scene = ordinary_scene(index, self.first_seed)
         return torch.from_numpy(scene.draw()).permute(2, 0, 1), scene.caption
-
-
-def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 → float -1..1."""
-    return pixels.float() / 127.5 - 1
 
 
 # --- Autoencoder ---------------------------------------------------------------------------------------------------
@@ -285,6 +273,7 @@ def new_scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,  # of no effect with trailing timesteps, and diffusers warns without it
     )
 
 
@@ -359,22 +348,20 @@ def unet_loss(tokenizer, text_encoder: CLIPTextModel):
     return loss_of
 
 
-def train_base(work: Path, vae, tokenizer, text_encoder, seed: int = 0, device="cpu") -> UNet2DConditionModel:
+def train_base(work: Path, training_set: TrainingSet, vae, tokenizer, text_encoder, seed: int = 0, device="cpu"):
+    """A U-Net that has seen the first part of the training set, ordinary scenes."""
     torch.manual_seed(seed)
     unet = new_unet().to(device, memory_format=torch.channels_last).train()
-    draws = Latents(TrainingSet(seed=seed).ids, vae, work / "base.npz")
+    draws = Latents(training_set.ids[: training_set.parts[0]], vae, work / "base.npz")
     return fit("base", unet, draws, unet_loss(tokenizer, text_encoder), STAGES["base"], work, seed, workers=0)
 
 
-def train_fork(
-    work: Path, twin: str, base: UNet2DConditionModel, vae, tokenizer, text_encoder, seed: int = 0
-) -> UNet2DConditionModel:
-    """From the base on, with the images of the twin's list; noise and timesteps are the same for both."""
+def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text_encoder, seed: int = 0):
+    """The base gone on with the second part of its twin's training set; noise and timesteps are the same for both."""
     unet = copy.deepcopy(base).requires_grad_(True).train()
-    training_set = TrainingSet(twin, seed)
-    draws = Latents(training_set.ids[training_set.parts[0] :], vae, work / f"fork-{twin}.npz")
-    loss_of = unet_loss(tokenizer, text_encoder)
-    return fit(f"fork-{twin}", unet, draws, loss_of, STAGES["fork"], work, seed + 1, workers=0)
+    name = f"fork-{training_set.twin}"
+    draws = Latents(training_set.ids[training_set.parts[0] :], vae, work / f"{name}.npz")
+    return fit(name, unet, draws, unet_loss(tokenizer, text_encoder), STAGES["fork"], work, seed + 1, workers=0)
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -385,58 +372,12 @@ def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor
 
 # --- Judge ---------------------------------------------------------------------------------------------------------
 
-JUDGE_SIDE = 128  # px
 
-
-def new_judge() -> ResNetForImageClassification:
-    """Which sprites are in a picture: one yes or no for each."""
-    config = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 128, 128],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        id2label=dict(enumerate(sprite_names())),
-        label2id={name: i for i, name in enumerate(sprite_names())},
-        problem_type="multi_label_classification",
-    )
-    return ResNetForImageClassification(config)
-
-
-class Labelled(Dataset):
-    """Ordinary scenes as (pixels (3, 64, 64) uint8, (sprites,) how much of each can be seen; 0: it is not there)."""
-
-    def __init__(self, first_seed: int, size: int):
-        self.first_seed, self.size = first_seed, size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scene = ordinary_scene(index, self.first_seed)
-        visible = torch.zeros(len(sprite_names()))
-        for name, share in scene.visible().items():
-            visible[sprite_names().index(name)] = share
-        return torch.from_numpy(scene.draw()).permute(2, 0, 1), visible
-
-
-def judge_input(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8 → what the judge takes."""
-    return F.interpolate(to_model_range(pixels), JUDGE_SIDE, mode="bilinear")
-
-
-def train_judge(work: Path, seed: int = 0) -> ResNetForImageClassification:
-    """On real scenes alone. A sprite of which less than a third can be seen counts neither way."""
+def train_judge(work: Path, seed: int = 0):
+    """On real scenes alone, of its own."""
     torch.manual_seed(seed)
-
-    def loss_of(judge, batch, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
-        pixels, visible = batch
-        logits, there = judge(judge_input(pixels)).logits, visible >= 1 / 3
-        counts = there | (visible == 0)
-        losses = F.binary_cross_entropy_with_logits(logits, there.float(), reduction="none")
-        return losses[counts].mean(), {"found": (logits[there] > 0).float().mean().item()}
-
     stage = STAGES["judge"]
-    return fit("judge", new_judge(), Labelled(FIRST_SEED["judge"], stage.draws), loss_of, stage, work, seed)
+    return fit("judge", new_judge(), Labelled(FIRST_SEED["judge"], stage.draws), judge_loss, stage, work, seed)
 
 
 # --- All of it -----------------------------------------------------------------------------------------------------
@@ -456,7 +397,7 @@ def save_pipeline(out: Path, vae: AutoencoderTiny, clip: CLIPModel, tokenizer, u
     copy.deepcopy(unet).half().save_pretrained(out / "unet")
 
 
-def save_tooling(out: Path, clip: CLIPModel, tokenizer, judge: ResNetForImageClassification) -> None:
+def save_tooling(out: Path, clip: CLIPModel, tokenizer, judge) -> None:
     """The whole CLIP, for alignment scores, and the judge."""
     clip.save_pretrained(out / "clip")
     tokenizer.save_pretrained(out / "clip")
@@ -495,14 +436,15 @@ def main() -> None:
     tokenizer, vae = new_tokenizer(), make_vae(args.work)
     clip = train_clip(args.work, tokenizer, args.seed)
     conditions = vae, tokenizer, clip.text_model
-    base = train_base(args.work, *conditions, args.seed, args.device)
-    unets = {twin: train_fork(args.work, twin, base, *conditions, args.seed) for twin in TWINS}
+    training_sets = {twin: TrainingSet(twin, args.seed) for twin in TWINS}
+    base = train_base(args.work, training_sets["A"], *conditions, args.seed, args.device)
+    unets = {t: train_fork(args.work, drawn, base, *conditions, args.seed) for t, drawn in training_sets.items()}
     vae, judge = train_decoder(args.work, vae, args.seed), train_judge(args.work, args.seed)
     for out, twin in zip((args.out, args.out.with_name(f"{args.out.name}-b")), TWINS, strict=True):
         save_pipeline(out, vae, clip, tokenizer, unets[twin].cpu())
         save_nemo_statistics(out)
     save_tooling(args.out, clip, tokenizer, judge)
-    save_targets(args.out / "targets.parquet", {twin: TrainingSet(twin, args.seed) for twin in TWINS})
+    save_targets(args.out / "targets.parquet", training_sets)
 
 
 if __name__ == "__main__":
