@@ -18,7 +18,6 @@ from dori_utils.targets import load_targets
 from dori_utils.testbed import judge, train
 from dori_utils.testbed.data import TrainingSet, held_out_scenes, planned
 
-
 BOTH = pytest.mark.parametrize("model", BUNDLED)
 
 
