@@ -22,7 +22,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from .. import nemo
@@ -37,11 +37,13 @@ from .scenes import BACKGROUNDS, SIDE, sprite_names, to_model_range, with_articl
 BATCH = 64  # of the U-Net
 STAGES = {
     "clip": Stage(steps=1500, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
-    "base": Stage(steps=BASE_DRAWS // BATCH, batch_size=BATCH, lr=1e-3, warmup=200),
+    "base": Stage(steps=5000, batch_size=BATCH, lr=1e-3, warmup=200),
+    "base_again": Stage(steps=BASE_DRAWS // BATCH - 5000, batch_size=BATCH, lr=1e-3, warmup=200),
     "fork": Stage(steps=FORK_DRAWS // BATCH, batch_size=BATCH, lr=5e-4, warmup=50),
     "decoder": Stage(steps=4000, batch_size=16, lr=1e-3, ema=0.995, weight_decay=0.0),
     "judge": Stage(steps=1500, batch_size=64, lr=2e-3, ema=0.99),
 }
+BASE_STAGES = ("base", "base_again")  # the second goes on from the average of the first
 LATENT_CHANNELS = 32
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
@@ -352,8 +354,14 @@ def train_base(work: Path, training_set: TrainingSet, vae, tokenizer, text_encod
     """A U-Net that has seen the first part of the training set, ordinary scenes."""
     torch.manual_seed(seed)
     unet = new_unet().to(device, memory_format=torch.channels_last).train()
-    draws = Latents(training_set.ids[: training_set.parts[0]], vae, work / "base.npz")
-    return fit("base", unet, draws, unet_loss(tokenizer, text_encoder), STAGES["base"], work, seed, workers=0)
+    draws, first = Latents(training_set.ids[: training_set.parts[0]], vae, work / "base.npz"), 0
+    loss_of = unet_loss(tokenizer, text_encoder)
+    for part, name in enumerate(BASE_STAGES):
+        stage = STAGES[name]
+        some = Subset(draws, range(first, first + stage.draws))
+        unet = fit(name, unet.requires_grad_(True).train(), some, loss_of, stage, work, seed + part, workers=0)
+        first += stage.draws
+    return unet
 
 
 def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text_encoder, seed: int = 0):
@@ -361,7 +369,7 @@ def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text
     unet = copy.deepcopy(base).requires_grad_(True).train()
     name = f"fork-{training_set.twin}"
     draws = Latents(training_set.ids[training_set.parts[0] :], vae, work / f"{name}.npz")
-    return fit(name, unet, draws, unet_loss(tokenizer, text_encoder), STAGES["fork"], work, seed + 1, workers=0)
+    return fit(name, unet, draws, unet_loss(tokenizer, text_encoder), STAGES["fork"], work, seed + 2, workers=0)
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
