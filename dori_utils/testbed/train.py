@@ -37,9 +37,10 @@ from .scenes import BACKGROUNDS, SIDE, sprite_names, to_model_range, with_articl
 BATCH = 64  # of the U-Net
 STAGES = {
     "clip": Stage(steps=1500, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
-    "base": Stage(steps=5000, batch_size=BATCH, lr=1e-3, warmup=200),
-    "base_again": Stage(steps=BASE_DRAWS // BATCH - 5000, batch_size=BATCH, lr=1e-3, warmup=200),
-    "fork": Stage(steps=FORK_DRAWS // BATCH, batch_size=BATCH, lr=5e-4, warmup=50),
+    # At 1e-3 the loss fell from 0.90 to 0.56 in 1,600 steps, and within 60 more rose to 0.92, for good.
+    "base": Stage(steps=5000, batch_size=BATCH, lr=5e-4, warmup=300),
+    "base_again": Stage(steps=BASE_DRAWS // BATCH - 5000, batch_size=BATCH, lr=5e-4, warmup=300),
+    "fork": Stage(steps=FORK_DRAWS // BATCH, batch_size=BATCH, lr=3e-4, warmup=50),
     "decoder": Stage(steps=4000, batch_size=16, lr=1e-3, ema=0.995, weight_decay=0.0),
     "judge": Stage(steps=1500, batch_size=64, lr=2e-3, ema=0.99),
 }
