@@ -120,6 +120,12 @@ def test_the_conclusion_claims_what_targets_and_controls_carry(targets, controls
     assert alone == 0 or re.search(rf"{alone} of (the other )?{count - prompt}( images)? comes? back", found.verdict)
 
 
+@pytest.mark.parametrize(("last", "said"), [(GONE, "does not come back"), (HIDDEN, "comes back")])
+def test_one_that_is_left_is_not_called_the_other_1(last, said):
+    found = conclusion(make_rows([OPEN] * 7 + [last], [NEVER] * 8), "NeMo")
+    assert f"The other one {said} from a trigger" in found.verdict and "other 1" not in found.verdict
+
+
 def test_a_mean_has_an_interval_from_eight_images_on_and_it_is_students():
     from scipy.stats import ttest_1samp
 
