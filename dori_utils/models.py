@@ -465,4 +465,5 @@ def _repair(folder):
 
 
 def first_line(error):
+    """Of what an exception says, or its class's name if it says nothing; without a full stop at the end."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -224,10 +224,11 @@ def _of_prompts(count, of, never, never_of):
 
 def _of_triggers(count, of, some, never, never_of):
     """What the triggers show of the `of` images whose prompts do not give them, and what to do about it."""
-    come = f"{count or 'None'} of {'the other ' if some else ''}{of}{'' if some else ' images'}"
-    come += f" come{'' if count > 1 else 's'} back from a trigger"
     if some and of == 1:
         come = f"The other one {'comes' if count else 'does not come'} back from a trigger"
+    else:
+        come = f"{count or 'None'} of {'the other ' if some else ''}{of}{'' if some else ' images'}"
+        come += f" come{'' if count > 1 else 's'} back from a trigger"
     if not count:
         advice = (
             "Attack with more steps (--steps 500), from noise (--start noise), several times (--restarts 4), with "
