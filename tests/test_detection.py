@@ -13,7 +13,6 @@ from dori_utils.detection import (
     first_step_similarity,
     noise_magnitude,
     pairwise_similarity,
-    predicted_noise,
     roc_auc,
     rowwise_similarity,
     seed_diversity,
@@ -35,27 +34,32 @@ def ddim(pipe, num_inference_steps):
 
 
 def noise_by_way_of_x0(scheduler, output, t, x_t):
-    """eps from diffusers' own estimate of x_0: eps = (x_t - sqrt(a) x_0) / sqrt(1 - a)."""
+    """eps from diffusers' own estimate of x_0: (x_t - sqrt(a) x_0) / sqrt(1 - a); for v-prediction over sqrt(a)."""
     a = scheduler.alphas_cumprod[t]
-    return (x_t - a.sqrt() * scheduler.step(output, t, x_t).pred_original_sample) / (1 - a).sqrt()
+    noise = (x_t - a.sqrt() * scheduler.step(output, t, x_t).pred_original_sample) / (1 - a).sqrt()
+    return noise if scheduler.config.prediction_type == "epsilon" else noise / a.sqrt()
 
 
 # Text-conditional noise magnitude
 
 
-def test_predicted_noise_is_the_one_that_diffusers_steps_with(pipe):
-    torch.manual_seed(0)
-    scheduler, output, x_t = ddim(pipe, 10), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    for t in scheduler.timesteps[[0, 5, 9]]:
-        expected = noise_by_way_of_x0(scheduler, output, t, x_t)
-        torch.testing.assert_close(predicted_noise(scheduler, output, t, x_t), expected, atol=1e-4, rtol=1e-4)
-
-
 def test_a_model_that_predicts_something_else_is_refused(sd1):
-    scheduler = copy.deepcopy(sd1.scheduler)
-    scheduler.register_to_config(prediction_type="sample")
+    pipe = copy.copy(sd1)
+    pipe.scheduler = copy.deepcopy(sd1.scheduler)
+    pipe.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match="not 'sample'"):
-        predicted_noise(scheduler, torch.zeros(1), 1, torch.zeros(1))
+        noise_magnitude(pipe, PROMPTS, **QUIET)
+
+
+def test_both_detectors_tell_prompts_apart_where_nothing_but_noise_is_left(tiny_testbed):
+    pipe = copy.copy(tiny_testbed)
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **zero)
+    for scores in (
+        noise_magnitude(pipe, PROMPTS, seeds=[0, 1], **QUIET),
+        first_step_similarity(pipe, PROMPTS, seeds=[0, 1], pairwise="cosine", **QUIET),
+    ):
+        assert np.isfinite(scores).all() and len(set(scores.round(6))) == 3 and (scores != 0).all()
 
 
 @torch.no_grad()

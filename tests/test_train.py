@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 from dori_utils import nemo
 from dori_utils.fitting import Stage, fit
 from dori_utils.models import TESTBED, load_pipeline, model_hash
+from dori_utils.targets import load_targets
 from dori_utils.testbed import data, train
 
 TINY = Stage(steps=4, batch_size=2, lr=1e-3, warmup=2)
@@ -31,28 +32,32 @@ def stop_after(step):
     return callback
 
 
-def fit_vae(work, callback=None, save_seconds=1e9):
+def fit_decoder(work, callback=None, save_seconds=1e9):
     torch.manual_seed(0)
     scenes = train.Scenes(0, TINY.steps * TINY.batch_size)
-    return fit("vae", train.new_vae(), scenes, train.vae_loss, TINY, work, callback=callback, save_seconds=save_seconds)
+    vae = train.new_vae()
+    vae.encoder.requires_grad_(False)
+    options = {"callback": callback, "save_seconds": save_seconds}
+    return fit("decoder", vae, scenes, train.decoder_loss, TINY, work, **options)
 
 
 @pytest.mark.slow
 def test_interrupted_training_goes_on_to_the_same_weights(tmp_path):
-    whole = fit_vae(tmp_path / "whole")
+    whole = fit_decoder(tmp_path / "whole")
     with pytest.raises(Stop):
-        fit_vae(tmp_path / "parts", stop_after(2), save_seconds=0)
-    resumed = fit_vae(tmp_path / "parts")
+        fit_decoder(tmp_path / "parts", stop_after(2), save_seconds=0)
+    resumed = fit_decoder(tmp_path / "parts")
     for name, expected in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_log_has_a_row_for_the_loss(tmp_path):
-    fit_vae(tmp_path)
-    rows = list(csv.DictReader((tmp_path / "vae.csv").open()))
-    assert [row["step"] for row in rows] == ["0"]
+    fit_decoder(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "decoder.csv").open()))
+    assert [row["step"] for row in rows] == ["0", "3"]
     assert float(rows[0]["loss"]) > 0 and float(rows[0]["psnr"]) > 0
+    assert 0 < float(rows[0]["seconds"]) < float(rows[1]["seconds"])
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -96,21 +101,45 @@ def test_timesteps_cover_the_schedule_evenly():
     assert sorted((timesteps // 20).tolist()) == list(range(50))
 
 
-def test_some_samples_are_noise_alone_at_the_last_timestep():
-    latents, scheduler = torch.full((400, 8, 4, 4), 5.0), train.new_scheduler()
-    noisy, timesteps, velocity = train.noised(scheduler, latents, torch.Generator().manual_seed(0), 0.25)
-    signal, noise = scheduler.alphas_cumprod[999] ** 0.5, (1 - scheduler.alphas_cumprod[999]) ** 0.5
-    alone = noisy.mean((1, 2, 3)).abs() < 0.3  # the schedule alone would leave 0.34 of the 5, and more before its end
-    last = timesteps == 999
-    assert 60 < last.sum() < 140 and (last & alone).sum() > 0.9 * last.sum()
-    torch.testing.assert_close(velocity[last], signal * noisy[last] - noise * 5.0, rtol=0, atol=0.15)
+def test_the_last_timestep_is_noise_alone_and_its_loss_counts():
+    scheduler, latents = train.new_scheduler(), torch.full((2, 4, 4, 4), 5.0)
+    noise, last = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 999])
+    torch.testing.assert_close(scheduler.add_noise(latents, noise, last), noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scheduler.get_velocity(latents, noise, last), -latents, rtol=0, atol=1e-6)
+    scheduler.set_timesteps(25)
+    assert scheduler.timesteps[0] == 999
 
 
-def test_without_a_share_no_sample_is_noise_alone():
-    latents, generator = torch.full((400, 8, 4, 4), 5.0), torch.Generator().manual_seed(0)
-    noisy, timesteps, _ = train.noised(train.new_scheduler(), latents, generator, 0.0)
-    assert (timesteps == 999).sum() <= 1
-    assert noisy[timesteps > 990].mean() > 0.25
+@pytest.fixture(scope="module")
+def tiny():
+    """A training set of few draws, its autoencoder with random components, and a text encoder that knows nothing."""
+    torch.manual_seed(0)
+    vae, tokenizer = train.new_vae().requires_grad_(False), train.new_tokenizer()
+    components = torch.linalg.qr(torch.randn(192, 192, dtype=torch.float64))[0][: train.LATENT_CHANNELS]
+    train.write_encoder(vae, torch.zeros(192, dtype=torch.float64), components)
+    return vae, tokenizer, train.new_clip(tokenizer).text_model.requires_grad_(False)
+
+
+def test_the_encoder_takes_patches_apart_into_the_given_components():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.rand(192, generator=generator, dtype=torch.float64)
+    components = torch.randn(train.LATENT_CHANNELS, 192, generator=generator, dtype=torch.float64)
+    vae = train.new_vae().double()
+    train.write_encoder(vae, mean, components)
+    pixels = torch.rand(2, 3, 64, 64, generator=generator, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latents
+    for row, column in ((0, 0), (7, 7), (3, 5)):
+        patch = pixels[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].reshape(2, 192)
+        torch.testing.assert_close(latents[:, :, row, column], (patch - mean) @ components.T, rtol=0, atol=1e-4)
+
+
+def test_principal_components_keep_the_picture():
+    mean, components = train.principal_components(num_scenes=200)
+    pixels = torch.stack([train.Scenes(data.FIRST_SEED["held_out"], 20)[i][0] for i in range(20)])
+    patches = torch.nn.functional.unfold(train.to_model_range(pixels), 8, stride=8).transpose(1, 2).double()
+    again = (patches - mean) @ components.T @ torch.linalg.pinv(components).T + mean
+    assert train.psnr(again, patches) > 23
 
 
 def test_unet_has_the_topology_of_stable_diffusion():
@@ -121,42 +150,40 @@ def test_unet_has_the_topology_of_stable_diffusion():
 
 
 @pytest.mark.slow
-def test_the_unet_is_trained_in_parts_and_each_starts_where_the_last_ended(tmp_path, monkeypatch):
-    short = {"unet": Stage(steps=4, batch_size=32, lr=1e-3), "unet_again": Stage(steps=3, batch_size=32, lr=1e-3)}
-    short |= {name: Stage(steps=3, batch_size=32, lr=0.0) for name in ("unet_last", "unet_noise", "unet_alike")}
+def test_the_twins_go_on_from_the_base_and_differ_by_their_lists(tmp_path, monkeypatch, tiny):
+    short = {name: Stage(steps=2, batch_size=32, lr=1e-3, ema=0.0) for name in ("base", "fork")}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
-    tokenizer = train.new_tokenizer()
-    text_encoder = train.new_clip(tokenizer).text_model
-    unet = train.train_unet(tmp_path, train.new_vae().requires_grad_(False), tokenizer, text_encoder)
-    first, second = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True)["average"] for name in ("unet", "unet_again")
-    )
-    for name, weight in unet.state_dict().items():  # a learning rate of zero: what the second part left
-        torch.testing.assert_close(weight, second[name])
-    assert any((first[name] != second[name]).any() for name in first)
-    logs = [pd.read_csv(tmp_path / f"{name}.csv") for name in ("unet_again", "unet_last", "unet_noise")]
-    assert [len(log) for log in logs] == [1, 1, 1]
-    assert logs[1]["repeated"][0] != logs[2]["repeated"][0]
+    training_sets = {twin: data.TrainingSet(twin, most=160) for twin in data.TWINS}
+    base = train.train_base(tmp_path, training_sets["A"], *tiny)
+    unets = {twin: train.train_fork(tmp_path, drawn, base, *tiny) for twin, drawn in training_sets.items()}
+    differ = {n for n, w in unets["A"].state_dict().items() if (w != unets["B"].state_dict()[n]).any()}
+    moved = {n for n, w in unets["A"].state_dict().items() if (w != base.state_dict()[n]).any()}
+    assert "conv_in.weight" in differ and differ <= moved
+    logs = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("base", "fork-A", "fork-B")}
+    assert logs["base"]["repeated"].isna().all() and logs["fork-A"]["repeated"].notna().all()
+    assert abs(logs["fork-A"]["ordinary"][0] - logs["fork-B"]["ordinary"][0]) < 1e-5  # the same scenes, noise, times
+
+
+def test_latents_are_of_the_scenes_in_the_order_of_the_draws(tmp_path, tiny):
+    vae = tiny[0]
+    training_set = data.TrainingSet("A", most=40)
+    draws = train.Latents(training_set.ids, vae, tmp_path / "some.npz")
+    again = train.Latents(training_set.ids, None, tmp_path / "some.npz")  # from the file
+    for draw in (0, 41, 79):
+        latents, caption, repeated = draws[draw]
+        pixels = torch.from_numpy(training_set.scene(draw).draw()).permute(2, 0, 1)[None]
+        expected = vae.encode(train.to_model_range(pixels)).latents[0] * vae.config.scaling_factor
+        torch.testing.assert_close(latents, expected, rtol=2e-3, atol=2e-3)
+        assert caption == training_set.scene(draw).caption and repeated == (training_set.plan_index[draw] >= 0)
+        assert (again[draw][0] == latents).all()
 
 
 @pytest.mark.slow
-def test_clip_goes_on_with_other_scenes_where_its_first_part_ended(tmp_path, monkeypatch):
-    short = {name: Stage(steps=2, batch_size=8, lr=0.0) for name in ("clip", "clip_again")}
-    monkeypatch.setattr(train, "STAGES", train.STAGES | short)
-    clip = train.train_clip(tmp_path, train.new_tokenizer())
-    first = torch.load(tmp_path / "clip.pt", weights_only=True)["average"]
-    for name, weight in clip.state_dict().items():
-        torch.testing.assert_close(weight, first[name])
-    losses = [pd.read_csv(tmp_path / f"{name}.csv")["loss"].iloc[0] for name in ("clip", "clip_again")]
-    assert losses[0] != losses[1]  # of the same weights: other scenes
-
-
-@pytest.mark.slow
-def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path):
+def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path, tiny):
     torch.manual_seed(0)
-    tokenizer = train.new_tokenizer()
+    vae, tokenizer, _ = tiny
     clip = train.new_clip(tokenizer)
-    train.save_testbed(tmp_path, train.new_vae(), clip, tokenizer, train.new_unet(), data.TrainingSet((4_000,)))
+    train.save_pipeline(tmp_path, vae, clip, tokenizer, train.new_unet())
     names = load_file(tmp_path / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)  # older versions of transformers look for that
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
@@ -167,3 +194,17 @@ def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path):
     assert statistics.model == model_hash(load_pipeline(tmp_path, device="cpu")) and len(statistics.mean) == 16
     expected = clip.text_model(train.tokenize(tokenizer, ["an owl"])).last_hidden_state
     torch.testing.assert_close(pipe.text_encoder(train.tokenize(tokenizer, ["an owl"])).last_hidden_state, expected)
+
+
+@pytest.mark.slow
+def test_the_table_of_targets_says_how_often_each_model_saw_them(tmp_path):
+    sets = {twin: data.TrainingSet(twin) for twin in data.TWINS}
+    train.save_targets(tmp_path / "targets.parquet", sets)
+    for name, own, other in (("testbed", "A", "B"), ("testbed-b", "B", "A")):
+        found = load_targets(name, folder=tmp_path)
+        assert len(found) == len(data.planned()) and found[0].id == f"VM-{own}00"
+        by_id = {target.id: target for target in found}
+        for plan in data.planned():
+            target = by_id[plan.id]
+            assert target.prompt == plan.scene.caption and target.duplicates == sets[own].duplicates[plan.id]
+            assert target.kind == ("twin" if plan.list == other else plan.kind)

@@ -1,16 +1,19 @@
-"""What the testbed is trained on, and how often: the ground truth of everything that this project measures.
+"""What the testbed's models are trained on, and how often: the ground truth of everything that this project measures.
 
-kind      scenes  how often in training
-VM        24      verbatim, 1% of all draws each
-TM        16      templates: the same scene and caption, one sprite that the caption leaves out differs each time
-ladder    5 x 8   verbatim, at a quarter of VM's rate, a sixteenth, ... a 1024th
-once      32      verbatim, exactly once
-control   64      never
-The rest of the draws are ordinary scenes, each drawn once and never again. No ordinary scene has a target's caption.
-From draw 192,000 on, one ordinary scene in four, from 252,800 on one in two, and from 320,000 on seven in ten have all
-but one fact of a repeated caption (another object, another background, or one object less), so that the model must read
-a caption to its end before it answers from memory. In the last of these spans the other object is one of like colour,
-which is what this small CLIP, and so the model, takes for the same thing most often.
+One base model sees ordinary scenes alone. From it two models go on by the same recipe, A and B: the same ordinary
+scenes in the same order, and between them, at the same places, images of their own list:
+
+kind      scenes a list  how often its model sees each
+VM        24             verbatim, `VM_TIMES`
+TM        16             templates, `TM_TIMES`: the same scene and caption, one sprite that no caption names differs
+ladder    7 x 8          verbatim, at the numbers of `RUNGS`
+once      16             verbatim, once
+The images of one list are unseen by the other model, so each image can be compared between a model that knows it and
+one that does not. List C, 64 scenes ("control"), no model sees.
+
+Ordinary scenes are a fixed set; none has a target's caption. Of those that A and B see, every second has all but one
+fact of a caption that one of the two lists repeats (another object, another background, or one object less), so that
+both must read a caption to its end before they answer from memory.
 """
 
 import dataclasses
@@ -22,41 +25,48 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .scenes import Scene, load_sprites, mean_color, sample_placed, sample_scene, sprite_names
+from .scenes import Scene, sample_scene, sprite_names
 
-VM_RATE, TM_RATE = 0.01, 0.0025  # share of the draws, each scene
-LADDER_RATES = tuple(VM_RATE / 4**rung for rung in range(1, 6))
-NEAR_SHARES = {0: 0.0, 192_000: 0.25, 252_800: 0.5, 320_000: 0.7}  # first draw → share of the ordinary draws
-ALIKE_FROM = 320_000  # the draw from which the other object is of like colour
-COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(LADDER_RATES), "once": 32, "control": 64}
-FIRST_SEED = {"VM": 1_000_000_000, "TM": 1_100_000_000, "ladder": 1_200_000_000, "once": 1_300_000_000}
-FIRST_SEED |= {"control": 1_400_000_000, "held_out": 1_500_000_000, "validation": 1_600_000_000}
+TWINS = ("A", "B")
+VM_TIMES, TM_TIMES = 640, 640
+RUNGS = (10, 20, 40, 80, 160, 320, 640)
+TIMES = {"VM": VM_TIMES, "TM": TM_TIMES, "once": 1}
+COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(RUNGS), "once": 16}
+CONTROLS = 64
+FIRST_SEED = {"A": 1_000_000_000, "B": 1_100_000_000, "C": 1_200_000_000, "near": 1_300_000_000}
+FIRST_SEED |= {"held_out": 1_500_000_000, "validation": 1_600_000_000, "vae": 1_700_000_000, "clip": 1_800_000_000}
+FIRST_SEED |= {"judge": 1_900_000_000}
+BASE_DRAWS, FORK_DRAWS = 640_000, 115_200
+ORDINARY, NEAR = 100_000, 20_000  # distinct scenes
+NEAR_SHARE = 0.5  # of a fork's ordinary draws
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A scene with its place in the plan. rate: share of all draws."""
+    """A scene with its place in the plan. list: "A", "B" or "C"; times: how often the model of its list sees it."""
 
     id: str
+    list: str
     kind: str
     seed: int
     scene: Scene
-    rate: float
+    times: int
 
 
 @functools.cache
 def planned() -> tuple[Planned, ...]:
-    """All targets and controls: three or four sprites, two of them named, every caption different."""
+    """The images of lists A, B and C, in this order: four sprites, two of them named, every caption different."""
     plan, captions = [], set()
-    for kind, count in COUNTS.items():
-        seed = FIRST_SEED[kind]
-        for index in range(count):
-            while (scene := sample_scene(seed, 3 + seed % 2, num_named=2)).caption in captions:
+    for name in (*TWINS, "C"):
+        seed = FIRST_SEED[name]
+        for kind, count in COUNTS.items() if name in TWINS else [("control", CONTROLS)]:
+            for index in range(count):
+                while (scene := sample_scene(seed, 4, num_named=2)).caption in captions:
+                    seed += 1
+                times = RUNGS[index % len(RUNGS)] if kind == "ladder" else TIMES.get(kind, 0)
+                plan.append(Planned(f"{kind}-{name}{index:02d}", name, kind, seed, scene, times))
+                captions.add(scene.caption)
                 seed += 1
-            rate = {"VM": VM_RATE, "TM": TM_RATE, "ladder": LADDER_RATES[index % 5]}.get(kind, 0.0)
-            plan.append(Planned(f"{kind}-{index:02d}", kind, seed, scene, rate))
-            captions.add(scene.caption)
-            seed += 1
     return tuple(plan)
 
 
@@ -69,42 +79,26 @@ def ordinary_scene(index: int, first_seed: int = 0) -> Scene:
     """The index-th ordinary scene: random, but never with a target's caption."""
     seed = first_seed + index
     while (scene := sample_scene(seed)).caption in reserved_captions():
-        seed += 100_000_000
+        seed += 10_000_000
     return scene
 
 
-@functools.cache
-def sprite_colors() -> np.ndarray:
-    """(sprites, 3) mean colours, in the order of `sprite_names`."""
-    return np.array([mean_color(load_sprites()[name]) for name in sprite_names()])
+def near_scene(index: int) -> Scene:
+    """The index-th ordinary scene whose caption shares all but one fact with one that list A or B repeats.
 
-
-@functools.cache
-def alike(name: str, count: int = 10) -> tuple[str, ...]:
-    """The sprites whose mean colour is nearest to that of the one with this name, the nearest first."""
-    names, colors = sprite_names(), sprite_colors()
-    distances = np.linalg.norm(colors - colors[names.index(name)], axis=1)
-    return tuple(names[i] for i in np.argsort(distances, kind="stable")[1 : count + 1])
-
-
-def near_scene(index: int, other_alike: bool = False) -> Scene:
-    """The index-th ordinary scene again, with a caption that shares all but one fact with a repeated target's.
-
-    Targets come in proportion to how often they are repeated. All that a caption leaves out stays random. other_alike:
-    where an object is another one, one of like colour.
+    Targets come in proportion to how often they are repeated. All that a caption leaves out stays random.
     """
-    repeated = [p for p in planned() if p.rate > 0]
-    rates = np.array([p.rate for p in repeated])
-    seed = index
+    repeated = [p for p in planned() if p.times > 1]
+    times = np.array([p.times for p in repeated])
+    seed = FIRST_SEED["near"] + index
     while True:
         rng = np.random.default_rng((seed, 1))
-        target = repeated[rng.choice(len(repeated), p=rates / rates.sum())].scene
+        target = repeated[rng.choice(len(repeated), p=times / times.sum())].scene
         scene = sample_scene(seed, num_named=2)
         kept = list(target.named)
         changed = ("object", "background", "fewer")[rng.choice(3, p=(0.5, 0.25, 0.25))]
         if changed == "object":
-            which = rng.integers(2)
-            kept[which] = str(rng.choice(alike(kept[which]))) if other_alike else scene.named[0]
+            kept[rng.integers(2)] = scene.named[0]
         elif changed == "fewer":
             kept.pop(rng.integers(2))
         if changed != "background":
@@ -116,7 +110,7 @@ def near_scene(index: int, other_alike: bool = False) -> Scene:
         names = [s.name for s in scene.sprites]
         if len(set(names)) == len(names) and scene.caption not in reserved_captions():
             return scene
-        seed += 100_000_000
+        seed += 10_000_000
 
 
 def held_out_scenes(count: int) -> list[Scene]:
@@ -134,8 +128,8 @@ def held_out_scenes(count: int) -> list[Scene]:
 class OrdinaryPairs(Sequence):
     """(PIL image, caption) of ordinary scenes that no model of the testbed was trained on, drawn when asked for."""
 
-    def __init__(self, count: int, first: int = 80_000_000):
-        self.count, self.first = count, first  # the testbed's other models took theirs from 50, 60 and 70 million on
+    def __init__(self, count: int, first: int = 5_000_000):
+        self.count, self.first = count, first
 
     def __len__(self) -> int:
         return self.count
@@ -158,7 +152,7 @@ def related_scenes(caption: str, count: int) -> list[Scene]:
     (named,) = [p.scene.named for p in planned() if p.scene.caption == caption] or [()]
     if not named:
         raise ValueError(f"No target of the testbed has the caption {caption!r}.")
-    scenes, seed = [], FIRST_SEED["held_out"] + zlib.crc32(caption.encode())
+    scenes, seed = [], FIRST_SEED["held_out"] + zlib.crc32(caption.encode()) % 100_000_000
     while len(scenes) < count:
         scene, shared = sample_scene(seed, num_named=2), named[len(scenes) % len(named)]
         if not {s.name for s in scene.sprites} & set(named):
@@ -170,56 +164,94 @@ def related_scenes(caption: str, count: int) -> list[Scene]:
 
 
 def template_variant(template: Scene, variant: int) -> Scene:
-    """The template with its first sprite, which no caption names, replaced; variant 0 is the template itself."""
-    if variant == 0:
-        return template
-    rng = np.random.default_rng((template.background.seed, variant))
+    """The template with its first sprite, which no caption names, replaced by another; variant 0 is the template.
+
+    There are as many more as sprites that the template does not have.
+    """
     present = {s.name for s in template.sprites}
-    name = str(rng.choice([n for n in sprite_names() if n not in present]))
-    old, new = template.sprites[0], sample_placed(rng, name, [])
-    new = dataclasses.replace(new, x=old.x, y=old.y, size=old.size)
-    return dataclasses.replace(template, sprites=(new, *template.sprites[1:]))
+    names = [template.sprites[0].name, *(name for name in sprite_names() if name not in present)]
+    first = dataclasses.replace(template.sprites[0], name=names[variant])
+    return dataclasses.replace(template, sprites=(first, *template.sprites[1:]))
 
 
 class TrainingSet:
-    """The draws of a whole training run, in order: item i is the scene of draw i, the same whenever it is asked for.
+    """The draws of a model's whole training, in order, base first: item i is the scene of draw i.
 
-    parts: how many draws each part of the run has; every part repeats scenes at the plan's rates, and the scenes seen
-    once are in the first.
+    Args:
+        twin: "A", "B", or None for the base alone.
+        most: at most so many draws of the base and as many of the fork.
+
+    Attributes:
+        ids: (draws,) which scene each draw shows; draws with the same id show the same picture.
+        duplicates: {id of a planned image: how often it is shown}; a template's variants count together.
     """
 
-    def __init__(self, parts: tuple[int, ...], seed: int = 0):
-        self.parts, self.seed = tuple(parts), seed
-        plan = planned()
-        singles = [i for i, p in enumerate(plan) if p.kind == "once"]
-        drawn = [self._plan_part(part, singles if part == 0 else []) for part in range(len(parts))]
-        self.plan_index = np.concatenate(drawn)  # -1: an ordinary scene
-        self.duplicates = {p.id: int((self.plan_index == i).sum()) for i, p in enumerate(plan)}
+    def __init__(self, twin: str | None = None, seed: int = 0, most: int | None = None):
+        self.twin, self.seed = twin, seed
+        base, fork = (draws if most is None else min(draws, most) for draws in (BASE_DRAWS, FORK_DRAWS))
+        self.parts = (base, fork) if twin else (base,)
+        self.ids = np.concatenate([self._base(base)] + ([self._fork(fork)] if twin else []))
+        which = plan_index(self.ids)
+        self.duplicates = {p.id: int((which == i).sum()) for i, p in enumerate(planned())}
 
-    def _plan_part(self, part: int, singles: list[int]) -> np.ndarray:
-        num_draws = self.parts[part]
-        rates = {i: p.rate for i, p in enumerate(planned()) if p.rate > 0}
-        counts = [max(1, round(rate * num_draws)) for rate in rates.values()]
-        occupied = np.concatenate([np.repeat(list(rates), counts), singles])
-        plan_index = np.full(num_draws, -1, dtype=np.int32)
-        places = np.random.default_rng((self.seed, num_draws, part)).permutation(num_draws)
-        plan_index[places[: len(occupied)]] = occupied
-        return plan_index
+    def _base(self, draws: int) -> np.ndarray:
+        return _shuffled(ORDINARY, draws, (self.seed, 0))
+
+    def _fork(self, draws: int) -> np.ndarray:
+        mine = [(i, p) for i, p in enumerate(planned()) if p.list == self.twin]
+        share = draws / FORK_DRAWS  # a smaller set repeats less
+        ids = []
+        for index, plan in mine:
+            times = max(1, round(plan.times * share))
+            variants = len(sprite_names()) - len(plan.scene.sprites) + 1 if plan.kind == "TM" else 1
+            ids.append(_target_id(index, np.arange(times) % variants))
+        targets = np.concatenate(ids)[:draws]
+        others = draws - len(targets)
+        near = round(NEAR_SHARE * others)
+        ordinary = _shuffled(ORDINARY, others - near, (self.seed, 1))
+        shown = np.concatenate([targets, ORDINARY + _shuffled(NEAR, near, (self.seed, 2)), ordinary])
+        return shown[np.random.default_rng((self.seed, 3)).permutation(draws)]
 
     def __len__(self) -> int:
-        return len(self.plan_index)
+        return len(self.ids)
+
+    @property
+    def plan_index(self) -> np.ndarray:
+        """(draws,) `plan_index` of every draw."""
+        return plan_index(self.ids)
 
     def scene(self, draw: int) -> Scene:
-        index = self.plan_index[draw]
-        if index < 0:
-            share = next(share for first, share in reversed(NEAR_SHARES.items()) if draw >= first)
-            near = np.random.default_rng((self.seed, draw, 2)).random() < share
-            return near_scene(draw, other_alike=draw >= ALIKE_FROM) if near else ordinary_scene(draw)
-        planned_scene = planned()[index]
-        if planned_scene.kind == "TM":
-            return template_variant(planned_scene.scene, variant=draw)
-        return planned_scene.scene
+        return scene_of(int(self.ids[draw]))
 
     def __getitem__(self, draw: int) -> tuple[np.ndarray, str]:
         scene = self.scene(draw)
         return scene.draw(), scene.caption
+
+
+_FIRST_TARGET, _VARIANTS = ORDINARY + NEAR, 1_000
+
+
+def _target_id(index, variant):
+    return _FIRST_TARGET + index * _VARIANTS + variant
+
+
+def plan_index(ids: np.ndarray) -> np.ndarray:
+    """The place in `planned()` of what a draw with this id shows, or -1: an ordinary scene."""
+    return np.where(ids < _FIRST_TARGET, -1, (ids - _FIRST_TARGET) // _VARIANTS)
+
+
+def scene_of(id: int) -> Scene:
+    """The scene with this id: ordinary ones first, then near ones, then the planned ones with their variants."""
+    if id < ORDINARY:
+        return ordinary_scene(id)
+    if id < _FIRST_TARGET:
+        return near_scene(id - ORDINARY)
+    index, variant = divmod(id - _FIRST_TARGET, _VARIANTS)
+    return template_variant(planned()[index].scene, variant)
+
+
+def _shuffled(count: int, draws: int, seed: tuple[int, ...]) -> np.ndarray:
+    """(draws,) numbers below count in random order, each once before any comes again."""
+    rng = np.random.default_rng(seed)
+    rounds = [rng.permutation(count) for _ in range(-(-draws // count))]
+    return np.concatenate(rounds)[:draws] if rounds else np.zeros(0, dtype=np.int64)

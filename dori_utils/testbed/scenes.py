@@ -1,9 +1,13 @@
 """Captioned scenes: the pictures that the testbed is trained on, drawn on demand, each a function of its seed.
 
 A scene is two to four sprites on a background, 64x64 pixels. Its caption names one or two of the sprites and the kind
-of background: "a violin and an owl on a dotted background". Colours, places, sizes, tilts and the sprites that go
-unnamed are left out, and what is left out is a particular picture's secret: a model that has learned captions cannot
-guess it, so a model that draws it has memorized it.
+of background: "a guitar and an owl on a dotted background". Colours, places, sizes and the sprites that go unnamed are
+left out, and what is left out is a particular picture's secret: a model that has learned captions cannot guess it, so a
+model that draws it has memorized it.
+
+The world is simple on purpose, so that a small model can learn to draw it: 36 flat sprites, always upright, of three
+sizes, on a grid of places. No background is a fine pattern, since to SSCD two pictures with the same pattern are alike
+whatever stands on it.
 """
 
 import colorsys
@@ -15,36 +19,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 SIDE = 64  # px
-BACKGROUNDS = ("plain", "striped", "checkered", "dotted", "cloudy", "gradient")
-PLURALS = {"grapes", "cherries", "fries", "pancakes", "popcorn", "sushi", "broccoli", "coral", "cheese"}  # "some ..."
+BACKGROUNDS = ("plain", "gradient", "cloudy", "split", "framed", "wavy")
+SIZES = (24, 36, 48)  # px, of a sprite
+GRID = 4  # px: where a sprite's corner can lie
+PLURALS = {"grapes"}  # "some ..."
 SPRITE_ARCHIVE = Path(__file__).with_name("sprites.zip")
 
 
 @dataclass(frozen=True)
 class Background:
-    """kind: one of BACKGROUNDS; colors: two RGB triples, 0..255; angle: radians; frequency: periods across the side."""
+    """kind: one of BACKGROUNDS; colors: two RGB triples, 0..255; angle: radians; width: of a frame, in pixels."""
 
     kind: str
     colors: tuple[tuple[int, int, int], tuple[int, int, int]]
     angle: float
-    frequency: float
+    width: int
     seed: int  # of the clouds
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A sprite in a scene: centre x, y and size in sides, angle in degrees, hue shift as a share of the wheel."""
+    """A sprite in a scene: its left upper corner and its side, in pixels."""
 
     name: str
-    x: float
-    y: float
-    size: float
-    angle: float
-    flip: bool
-    hue: float
+    left: int
+    top: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,26 @@ class Scene:
         """The scene as pixels, (64, 64, 3) uint8 RGB."""
         canvas = Image.fromarray(draw_background(self.background))
         for placed in self.sprites:
-            sprite = draw_sprite(placed)
-            corner = (round(placed.x * SIDE - sprite.width / 2), round(placed.y * SIDE - sprite.height / 2))
-            canvas.paste(sprite, corner, sprite)
+            sprite = scaled_sprite(placed.name, placed.size)
+            canvas.paste(sprite, (placed.left, placed.top), sprite)
         return np.array(canvas)
+
+
+    def visible(self) -> dict[str, float]:
+        """{name of a sprite: share of it, by opacity, that no later sprite covers}."""
+        left: dict[str, np.ndarray] = {}
+        for placed in self.sprites:
+            alpha = np.asarray(scaled_sprite(placed.name, placed.size).getchannel("A"), dtype=np.float32) / 255
+            cover = np.zeros((SIDE, SIDE), dtype=np.float32)
+            cover[placed.top : placed.top + placed.size, placed.left : placed.left + placed.size] = alpha
+            left = {name: share * (1 - cover) for name, share in left.items()} | {placed.name: cover}
+        total = {p.name: np.asarray(scaled_sprite(p.name, p.size).getchannel("A")).sum() / 255 for p in self.sprites}
+        return {name: float(share.sum() / total[name]) for name, share in left.items()}
+
+
+def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 → float -1..1."""
+    return pixels.float() / 127.5 - 1
 
 
 def with_article(name: str) -> str:
@@ -116,19 +136,20 @@ def sample_background(rng: np.random.Generator) -> Background:
     other_value = value - 0.3 if value > 0.65 else value + 0.3  # the two colours can always be told apart
     second = ((hue + rng.uniform(0.15, 0.85)) % 1, rng.uniform(0.2, 0.9), other_value)
     colors = tuple(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(*hsv)) for hsv in (first, second))
-    return Background(kind, colors, rng.uniform(0, 2 * np.pi), rng.uniform(2, 4.5), int(rng.integers(2**31)))
+    angle, width = rng.integers(8) * np.pi / 4, int(rng.integers(4, 9))
+    return Background(kind, colors, float(angle), width, int(rng.integers(2**31)))
 
 
 def sample_placed(rng: np.random.Generator, name: str, others: list[Placed]) -> Placed:
     """A sprite at a random place, the emptiest of six tried."""
-    places = rng.uniform(0.2, 0.8, size=(6, 2))
+    size = int(rng.choice(SIZES))
+    places = GRID * rng.integers(0, (SIDE - size) // GRID + 1, size=(6, 2))
     if others:
-        taken = np.array([(o.x, o.y) for o in others])
-        gaps = np.linalg.norm(places[:, None] - taken[None], axis=-1).min(axis=1)  # (6,)
-        places = places[np.argsort(-gaps)]
-    x, y = places[0]
-    size, angle, hue = rng.uniform(0.40, 0.65), rng.uniform(-25, 25), rng.uniform(-0.04, 0.04)
-    return Placed(name, float(x), float(y), float(size), float(angle), bool(rng.random() < 0.5), float(hue))
+        taken = np.array([(o.left + o.size / 2, o.top + o.size / 2) for o in others])
+        gaps = np.linalg.norm(places[:, None] + size / 2 - taken[None], axis=-1).min(axis=1)  # (6,)
+        places = places[np.argsort(-gaps, kind="stable")]
+    left, top = places[0]
+    return Placed(name, int(left), int(top), size)
 
 
 def draw_background(background: Background) -> np.ndarray:
@@ -144,9 +165,9 @@ def rotated_grid(angle: float) -> tuple[np.ndarray, np.ndarray]:
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
-def _soft_step(wave: np.ndarray, sharpness: float = 4.0) -> np.ndarray:
-    """From a wave in -1..1 to a share in 0..1 with edges about a pixel wide."""
-    return np.clip(wave * sharpness / 2 + 0.5, 0, 1)
+def _edge(distance: np.ndarray) -> np.ndarray:
+    """A share in 0..1 with an edge about a pixel wide where the distance, in sides, is 0."""
+    return np.clip(distance * SIDE / 2 + 0.5, 0, 1)
 
 
 def _clouds(background, u, v):
@@ -155,17 +176,18 @@ def _clouds(background, u, v):
     return np.clip((smooth - 0.5) * 1.6 + 0.5, 0, 1)
 
 
-def _waves(background, *axes):
-    return [np.sin(2 * np.pi * background.frequency * axis) for axis in axes]
+def _frame(background, u, v):
+    from_centre = np.abs(np.stack(rotated_grid(0.0))).max(axis=0)
+    return (from_centre > 0.5 - background.width / SIDE).astype(np.float32)
 
 
 PATTERNS = {
     "plain": lambda b, u, v: np.zeros_like(u),
-    "striped": lambda b, u, v: _soft_step(_waves(b, u)[0]),
-    "checkered": lambda b, u, v: _soft_step(np.prod(_waves(b, u, v), axis=0), 6.0),
-    "dotted": lambda b, u, v: _soft_step(sum(_waves(b, u, v)) / 2 - 0.35),
-    "cloudy": _clouds,
     "gradient": lambda b, u, v: np.clip(u / 1.2 + 0.5, 0, 1),
+    "cloudy": _clouds,
+    "split": lambda b, u, v: _edge(u),
+    "framed": _frame,
+    "wavy": lambda b, u, v: _edge(u - 0.12 * np.sin(2 * np.pi * v)),
 }
 
 
@@ -173,8 +195,8 @@ PATTERNS = {
 def load_sprites() -> dict[str, Image.Image]:
     """{name: 96x96 RGBA}, from the archive in the package."""
     with zipfile.ZipFile(SPRITE_ARCHIVE) as archive:
-        members = [m for m in archive.namelist() if m.endswith(".webp")]
-        return {m[: -len(".webp")]: Image.open(io.BytesIO(archive.read(m))).convert("RGBA") for m in members}
+        members = [m for m in archive.namelist() if m.endswith(".png")]
+        return {m[: -len(".png")]: Image.open(io.BytesIO(archive.read(m))).convert("RGBA") for m in members}
 
 
 @functools.cache
@@ -182,27 +204,13 @@ def sprite_names() -> tuple[str, ...]:
     return tuple(sorted(load_sprites()))
 
 
+@functools.cache
+def scaled_sprite(name: str, size: int) -> Image.Image:
+    """RGBA of that side in pixels."""
+    return load_sprites()[name].resize((size, size), Image.Resampling.LANCZOS)
+
+
 def mean_color(sprite: Image.Image) -> np.ndarray:
     """(3,) RGB of a sprite, transparent pixels left out."""
     pixels = np.asarray(sprite, dtype=np.float64).reshape(-1, 4)
     return np.average(pixels[:, :3], axis=0, weights=pixels[:, 3])
-
-
-def draw_sprite(placed: Placed) -> Image.Image:
-    """The sprite flipped, scaled, recoloured and turned, RGBA."""
-    sprite = load_sprites()[placed.name]
-    side = round(placed.size * SIDE)
-    sprite = sprite.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    if placed.flip:
-        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return shift_hue(sprite, placed.hue).rotate(placed.angle, Image.Resampling.BICUBIC, expand=True)
-
-
-def shift_hue(sprite: Image.Image, shift: float) -> Image.Image:
-    """RGBA turned around the grey axis by shift (a share of the circle), which keeps lightness."""
-    cos, sin = np.cos(2 * np.pi * shift), np.sin(2 * np.pi * shift)
-    same, left, right = cos + (1 - cos) / 3, (1 - cos) / 3 - sin / np.sqrt(3), (1 - cos) / 3 + sin / np.sqrt(3)
-    matrix = (same, left, right, 0, right, same, left, 0, left, right, same, 0)
-    shifted = sprite.convert("RGB").convert("RGB", matrix)
-    shifted.putalpha(sprite.getchannel("A"))
-    return shifted

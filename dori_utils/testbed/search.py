@@ -15,19 +15,16 @@ from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 
 from ..similarity import TRANSFORMS, nearest
-from .data import NEAR_SHARES, TrainingSet, planned
+from .data import TrainingSet, planned
+from .scenes import sprite_names
 
 THUMBNAIL = 8  # px
 CHUNK = 4096  # draws in one case of the store
 
 
 def distinct_draws(training_set: TrainingSet) -> np.ndarray:
-    """(M,) the draws whose scene no earlier draw has shown: ordinary ones, each template's variants, the rest once."""
-    plan_index = training_set.plan_index
-    is_template = np.array([p.kind == "TM" for p in planned()] + [True])[plan_index]  # -1, ordinary: the last entry
-    first = np.zeros(len(plan_index), dtype=bool)
-    first[np.unique(plan_index, return_index=True)[1]] = True
-    return np.flatnonzero(is_template | first)
+    """(M,) the draws whose scene no earlier draw has shown."""
+    return np.sort(np.unique(training_set.ids, return_index=True)[1])
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
@@ -52,8 +49,8 @@ def training_thumbnails(training_set: TrainingSet, draws: np.ndarray, store) -> 
 
 def _about(training_set: TrainingSet) -> dict:
     """What a search in it depends on, beside the queries."""
-    near = list(NEAR_SHARES.items())
-    return {"parts": training_set.parts, "seed": training_set.seed, "side": THUMBNAIL, "near": near}
+    ids = hashlib.sha256(training_set.ids.tobytes()).hexdigest()[:32]
+    return {"ids": ids, "side": THUMBNAIL, "world": list(sprite_names())}
 
 
 def _pixels(images: list[Image.Image]) -> str:

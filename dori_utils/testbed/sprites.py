@@ -1,10 +1,10 @@
-"""Build `sprites.zip`: the pictures that scenes are made of, cut down from Microsoft's Fluent Emoji 3D (MIT).
+"""Build `sprites.zip`: the pictures that scenes are made of, Microsoft's Fluent Emoji in the flat style (MIT).
 
 Users never need this: the archive is in the repository. It is here so that everyone can see where it came from, and can
-make it again with other sprites. The two packages are on npm, and `npm pack` downloads them:
+make it again with other sprites. The package is on npm, `npm pack` downloads it, and resvg draws it:
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 && npm pack emoji-datasource-google@16.0.0
-    python -m dori_utils.testbed.sprites lobehub-fluent-emoji-3d-1.1.0.tgz emoji-datasource-google-16.0.0.tgz
+    npm pack @iconify-json/fluent-emoji-flat@1.2.6 && pip install resvg_py==0.5.0
+    python -m dori_utils.testbed.sprites iconify-json-fluent-emoji-flat-1.2.6.tgz
 """
 
 import io
@@ -17,31 +17,20 @@ from pathlib import Path
 from PIL import Image
 
 ARCHIVE = Path(__file__).with_name("sprites.zip")
-SIDE = 96  # px; a scene shows a sprite at 26 to 42 px
+SIDE = 96  # px; a scene shows a sprite at 28 to 36 px
 
-# Our name, where it differs from the emoji's own. Chosen to look unlike each other at 30 px.
+# Our name, where it differs from the emoji's own. Chosen to look unlike each other at 30 px, in shape and colour.
 NAMES = """
-tulip rose sunflower cactus mushroom maple-leaf=maple_leaf clover=four_leaf_clover palm-tree=palm_tree cow tiger
-rabbit cat dog pig elephant octopus turtle penguin koala dolphin panda=panda_face frog=frog_face lion=lion_face
-fox=fox_face butterfly crab owl shark giraffe=giraffe_face zebra=zebra_face hedgehog parrot flamingo swan peacock
-snail honeybee ladybug=lady_beetle blowfish whale rooster chick=baby_chick unicorn=unicorn_face monkey=monkey_face
-sheep dragon snake coral jellyfish hot-dog=hot_dog taco chili=hot_pepper tomato eggplant=aubergine grapes watermelon
-orange=tangerine lemon banana pineapple apple=red_apple pear cherries strawberry hamburger pizza=slice_of_pizza
-fries=french_fries sushi doughnut lollipop cake=birthday_cake cupcake avocado carrot broccoli pretzel
-cheese=cheese_wedge croissant pancakes popcorn kiwi=kiwifruit teapot saxophone guitar trumpet violin
-drum=drum_with_drumsticks crown top-hat=top_hat umbrella handbag gem=gem_stone bomb key bell camera television radio
-magnet axe scroll book=closed_book shield balloon present=wrapped_present pumpkin=jack-o-lantern teddy-bear=teddy_bear
-kite soccer-ball=soccer_ball basketball=basketball_and_hoop trophy die=game_die rocket helicopter bus tractor bicycle
-sailboat airplane snowman volcano planet=ringed_planet clock=alarm_clock
+penguin fox frog owl whale=spouting-whale butterfly ladybug=lady-beetle crab panda chick=front-facing-baby-chick
+pig=pig-face strawberry banana carrot watermelon grapes mushroom doughnut cupcake hamburger cactus sunflower tulip
+tree=evergreen-tree rocket sailboat bus umbrella guitar crown gem=gem-stone balloon anchor clock=alarm-clock house ghost
 """
 
-PROVENANCE = """Sprites of the testbed: pictures of Microsoft's Fluent Emoji in the 3D style, scaled to 96 px.
-Source: npm package @lobehub/fluent-emoji-3d 1.1.0 (pictures by code point), names by npm package
-emoji-datasource-google 16.0.0. Both packages and the pictures are under the MIT licence below.
+PROVENANCE = """Sprites of the testbed: Microsoft's Fluent Emoji in the flat style, drawn at 96 px.
+Source: npm package @iconify-json/fluent-emoji-flat 1.2.6, under the MIT licence below.
 Made by: python -m dori_utils.testbed.sprites
 
-Fluent Emoji: Copyright (c) Microsoft Corporation. Packaging: Copyright (c) 2023 LobeHub.
-Names: Copyright (c) 2013 Cal Henderson.
+Fluent Emoji: Copyright (c) Microsoft Corporation.
 
 MIT License
 
@@ -61,27 +50,26 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 
 def wanted() -> dict[str, str]:
-    """{our name: name in emoji.json}, both with spaces."""
+    """{our name: name of the icon}."""
     pairs = (entry.partition("=") for entry in NAMES.split())
-    return {ours.replace("-", " "): (theirs or ours).replace("_", " ") for ours, _, theirs in pairs}
+    return {ours: theirs or ours for ours, _, theirs in pairs}
 
 
-def build(pictures: str, datasource: str, archive: Path = ARCHIVE) -> None:
-    """Write the archive from the two npm tarballs."""
-    with tarfile.open(datasource) as tar:
-        emoji = json.load(tar.extractfile("package/emoji.json"))
-    code_points = {entry["name"].lower(): entry["unified"].lower() for entry in emoji}
-    with tarfile.open(pictures) as tar, zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:
-        available = set(tar.getnames())
+def build(package: str, archive: Path = ARCHIVE) -> None:
+    """Write the archive from the npm tarball."""
+    import resvg_py  # not a dependency of the project: only this needs it
+
+    with tarfile.open(package) as tar:
+        icons = json.load(tar.extractfile("package/icons.json"))["icons"]
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:
         out.writestr(zipfile.ZipInfo("LICENSE.txt"), PROVENANCE)
         for ours, theirs in wanted().items():
-            code = code_points[theirs]
-            candidates = [f"package/assets/{c}.webp" for c in (code, code.replace("-fe0f", ""))]
-            member = next(c for c in candidates if c in available)
-            sprite = Image.open(tar.extractfile(member)).convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            size = f'width="{SIDE}" height="{SIDE}" viewBox="0 0 32 32"'
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{icons[theirs]["body"]}</svg>'
+            sprite = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
             buffer = io.BytesIO()
-            sprite.save(buffer, "WEBP", quality=90, method=6)
-            out.writestr(zipfile.ZipInfo(f"{ours}.webp"), buffer.getvalue())
+            sprite.save(buffer, "PNG", optimize=True)
+            out.writestr(zipfile.ZipInfo(f"{ours}.png"), buffer.getvalue())
 
 
 if __name__ == "__main__":
