@@ -4,12 +4,15 @@ seed, and it goes on where it stopped.
 
 import copy
 import csv
+import math
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import nn
@@ -30,6 +33,8 @@ class Stage:
     decay: float = 0.3  # share of the steps; 0: constant to the end
     ema: float = 0.999  # of the weights; the averaged ones are kept. 0: no average
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    max_rise: float | None = None  # of the mean loss of 50 steps above its lowest; beyond it the training has diverged
 
     @property
     def draws(self) -> int:
@@ -65,18 +70,23 @@ def fit(
         workers: processes that load samples.
         save_seconds: between checkpoints; there is one more at the end.
         callback: called after every step with {"step", "loss", "average", **numbers}.
+
+    Raises:
+        FloatingPointError: the training has diverged (`Stage.max_rise`). NAME.pt and NAME.before.pt, the checkpoint
+            before it, are older than that.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=stage.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=stage.weight_decay, fused=True)
     average = copy.deepcopy(model).requires_grad_(False).eval() if stage.ema else None
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
-    start, before = (0, 0.0) if work is None else resume(work / f"{name}.pt", model, average, optimizer)
+    start, before, lowest = resume(work and work / f"{name}.pt", model, average, optimizer)
     samples = Subset(dataset, range(start * stage.batch_size, stage.draws))
     options = {"num_workers": workers, "prefetch_factor": 4, "worker_init_fn": one_thread} if workers else {}
     loader = DataLoader(samples, stage.batch_size, **options)
     bar = tqdm(loader, desc=name, initial=start, total=stage.steps, disable=not progress)
     began = saved = time.monotonic()
+    recent = deque(maxlen=50)
     for step, batch in enumerate(bar, start):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -90,12 +100,18 @@ def fit(
             update_average(average, model, min(stage.ema, (step + 1) / (step + 10)))
         numbers = {"step": step, "loss": loss.item(), **numbers}
         bar.set_postfix(loss=f"{numbers['loss']:.4f}")
+        recent.append(numbers["loss"])
+        if len(recent) == recent.maxlen:
+            lowest = min(lowest, mean(recent))
+            if stage.max_rise is not None and not mean(recent) <= lowest * (1 + stage.max_rise):
+                raise FloatingPointError(diverged(name, step, mean(recent), lowest, work))
         last = step == stage.steps - 1
         seconds = before + time.monotonic() - began
         if work is not None and (last or step % log_every == 0):
             append_row(work / f"{name}.csv", numbers | {"seconds": seconds})
         if work is not None and (last or time.monotonic() - saved > save_seconds):
-            save_checkpoint(work / f"{name}.pt", step + 1, seconds, model, average, optimizer)
+            progress_made = {"step": step + 1, "seconds": seconds, "lowest": lowest}
+            save_checkpoint(work / f"{name}.pt", progress_made, model, average, optimizer)
             saved = time.monotonic()
         if callback is not None:
             callback(numbers | {"average": average})
@@ -112,24 +128,38 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def resume(path: Path, model: nn.Module, average: nn.Module | None, optimizer) -> tuple[int, float]:
-    """Load the checkpoint, if there is one; returns the step to go on with and the seconds spent so far."""
-    if not path.exists():
-        return 0, 0.0
+def diverged(name: str, step: int, loss: float, lowest: float, work: Path | None) -> str:
+    kept = f"Its last checkpoints are {work / name}.pt and, older, {name}.before.pt. " if work is not None else ""
+    return (
+        f"{name} has diverged: at step {step} the mean loss of 50 steps is {loss:.4g}, and was {lowest:.4g}. {kept}"
+        "Go on from one of them with a lower learning rate."
+    )
+
+
+def resume(path: Path | None, model: nn.Module, average: nn.Module | None, optimizer) -> tuple[int, float, float]:
+    """Load the checkpoint, if there is one.
+
+    Returns the step to go on with, the seconds spent so far and the lowest mean loss of 50 steps.
+    """
+    if path is None or not path.exists():
+        return 0, 0.0, math.inf
     state = torch.load(path, weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     if average is not None:
         average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state.get("seconds", 0.0)
+    return state["step"], state.get("seconds", 0.0), state.get("lowest", math.inf)
 
 
-def save_checkpoint(path: Path, step: int, seconds: float, model: nn.Module, average: nn.Module | None, optimizer):
-    state = {"step": step, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def save_checkpoint(path: Path, progress_made: dict, model: nn.Module, average: nn.Module | None, optimizer):
+    """The checkpoint that was there before stays, as NAME.before.pt."""
+    state = progress_made | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if average is not None:
         state["average"] = average.state_dict()
     part = path.with_suffix(".part")
     torch.save(state, part)
+    if path.exists():
+        path.replace(path.with_suffix(".before.pt"))
     part.replace(path)
 
 

@@ -32,7 +32,8 @@ from sklearn.metrics import roc_curve
 from .bars import in_notebook
 from .metrics import THRESHOLD as COPY  # an SSCD above this counts as a copy
 
-KINDS = {"VM": "#2E002E", "TM": "#79167C", "ladder": "#CA2C74", "once": "#CC9E79", "control": "#BDBDBD"}
+KINDS = {"VM": "#2E002E", "TM": "#79167C", "ladder": "#CA2C74", "once": "#CC9E79", "twin": "#8EB2E2"}
+KINDS |= {"control": "#BDBDBD"}
 MITIGATIONS = {
     "original": "#555555",
     "NeMo": "#0055AA",

@@ -1,6 +1,7 @@
 """Training the testbed at a toy size: it resumes where it stopped, and what it writes loads by diffusers alone."""
 
 import csv
+import math
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from dori_utils.fitting import Stage, fit
 from dori_utils.models import TESTBED, load_pipeline, model_hash
 from dori_utils.targets import load_targets
 from dori_utils.testbed import data, train
+from dori_utils.testbed.autoencoder import make_vae
+from dori_utils.testbed.judge import Labelled, judge_loss, new_judge
 
 TINY = Stage(steps=4, batch_size=2, lr=1e-3, warmup=2)
 
@@ -32,32 +35,52 @@ def stop_after(step):
     return callback
 
 
-def fit_decoder(work, callback=None, save_seconds=1e9):
+def fit_judge(work, callback=None, save_seconds=1e9, stage=TINY):
     torch.manual_seed(0)
-    scenes = train.Scenes(0, TINY.steps * TINY.batch_size)
-    vae = train.new_vae()
-    vae.encoder.requires_grad_(False)
+    scenes = Labelled(0, stage.steps * stage.batch_size)
     options = {"callback": callback, "save_seconds": save_seconds}
-    return fit("decoder", vae, scenes, train.decoder_loss, TINY, work, **options)
+    return fit("judge", new_judge(), scenes, judge_loss, stage, work, **options)
 
 
 @pytest.mark.slow
 def test_interrupted_training_goes_on_to_the_same_weights(tmp_path):
-    whole = fit_decoder(tmp_path / "whole")
+    whole = fit_judge(tmp_path / "whole")
     with pytest.raises(Stop):
-        fit_decoder(tmp_path / "parts", stop_after(2), save_seconds=0)
-    resumed = fit_decoder(tmp_path / "parts")
+        fit_judge(tmp_path / "parts", stop_after(2), save_seconds=0)
+    resumed = fit_judge(tmp_path / "parts")
     for name, expected in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_log_has_a_row_for_the_loss(tmp_path):
-    fit_decoder(tmp_path)
-    rows = list(csv.DictReader((tmp_path / "decoder.csv").open()))
+    fit_judge(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "judge.csv").open()))
     assert [row["step"] for row in rows] == ["0", "3"]
-    assert float(rows[0]["loss"]) > 0 and float(rows[0]["psnr"]) > 0
+    assert float(rows[0]["loss"]) > 0
     assert 0 < float(rows[0]["seconds"]) < float(rows[1]["seconds"])
+
+
+def linear_fit(work, losses, **stage):
+    """A fit of one number, whose loss at each step is the given one."""
+    model, given = torch.nn.Linear(1, 1), iter(losses)
+
+    def loss_of(model, batch, generator):
+        return next(given) + 0 * model(batch).sum(), {}
+
+    stage = Stage(steps=len(losses), batch_size=1, lr=1e-3, ema=0.0, **stage)
+    fit("line", model, torch.zeros(len(losses), 1), loss_of, stage, work, workers=0, save_seconds=0, progress=False)
+
+
+def test_a_training_that_diverges_stops_and_leaves_two_checkpoints_from_before(tmp_path):
+    losses = [1.0] * 60 + [0.5] * 60 + [1.0] * 60
+    with pytest.raises(FloatingPointError, match=r"line has diverged: at step 1\d\d .*line.before.pt"):
+        linear_fit(tmp_path, losses, max_rise=0.15)
+    steps = [torch.load(tmp_path / f"line{part}.pt", weights_only=True)["step"] for part in ("", ".before")]
+    assert 120 <= steps[0] < 135 and steps[1] == steps[0] - 1  # at 15 of 50 losses the mean is 0.65
+    with pytest.raises(FloatingPointError, match="diverged"):
+        linear_fit(tmp_path / "nan", [1.0] * 60 + [math.nan] * 60, max_rise=0.15)
+    linear_fit(tmp_path / "may rise", losses)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -112,34 +135,10 @@ def test_the_last_timestep_is_noise_alone_and_its_loss_counts():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A training set of few draws, its autoencoder with random components, and a text encoder that knows nothing."""
+    """The autoencoder, the tokenizer, and a text encoder that knows nothing."""
     torch.manual_seed(0)
-    vae, tokenizer = train.new_vae().requires_grad_(False), train.new_tokenizer()
-    components = torch.linalg.qr(torch.randn(192, 192, dtype=torch.float64))[0][: train.LATENT_CHANNELS]
-    train.write_encoder(vae, torch.zeros(192, dtype=torch.float64), components)
-    return vae, tokenizer, train.new_clip(tokenizer).text_model.requires_grad_(False)
-
-
-def test_the_encoder_takes_patches_apart_into_the_given_components():
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.rand(192, generator=generator, dtype=torch.float64)
-    components = torch.randn(train.LATENT_CHANNELS, 192, generator=generator, dtype=torch.float64)
-    vae = train.new_vae().double()
-    train.write_encoder(vae, mean, components)
-    pixels = torch.rand(2, 3, 64, 64, generator=generator, dtype=torch.float64) * 2 - 1
-    with torch.no_grad():
-        latents = vae.encode(pixels).latents
-    for row, column in ((0, 0), (7, 7), (3, 5)):
-        patch = pixels[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].reshape(2, 192)
-        torch.testing.assert_close(latents[:, :, row, column], (patch - mean) @ components.T, rtol=0, atol=1e-4)
-
-
-def test_principal_components_keep_the_picture():
-    mean, components = train.principal_components(num_scenes=200)
-    pixels = torch.stack([train.Scenes(data.FIRST_SEED["held_out"], 20)[i][0] for i in range(20)])
-    patches = torch.nn.functional.unfold(train.to_model_range(pixels), 8, stride=8).transpose(1, 2).double()
-    again = (patches - mean) @ components.T @ torch.linalg.pinv(components).T + mean
-    assert train.psnr(again, patches) > 23
+    tokenizer = train.new_tokenizer()
+    return make_vae(), tokenizer, train.new_clip(tokenizer).text_model.requires_grad_(False)
 
 
 def test_unet_has_the_topology_of_stable_diffusion():

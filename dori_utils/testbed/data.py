@@ -163,11 +163,13 @@ def related_scenes(caption: str, count: int) -> list[Scene]:
     return scenes
 
 
-def template_variant(template: Scene, variant: int) -> Scene:
-    """The template with its first sprite, which no caption names, replaced by another; variant 0 is the template.
+def num_variants(template: Scene) -> int:
+    """The template itself, and one for each sprite that it does not have."""
+    return len(sprite_names()) - len(template.sprites) + 1
 
-    There are as many more as sprites that the template does not have.
-    """
+
+def template_variant(template: Scene, variant: int) -> Scene:
+    """The template with its first sprite, which no caption names, replaced by another; variant 0 is the template."""
     present = {s.name for s in template.sprites}
     names = [template.sprites[0].name, *(name for name in sprite_names() if name not in present)]
     first = dataclasses.replace(template.sprites[0], name=names[variant])
@@ -203,7 +205,7 @@ class TrainingSet:
         ids = []
         for index, plan in mine:
             times = max(1, round(plan.times * share))
-            variants = len(sprite_names()) - len(plan.scene.sprites) + 1 if plan.kind == "TM" else 1
+            variants = num_variants(plan.scene) if plan.kind == "TM" else 1
             ids.append(_target_id(index, np.arange(times) % variants))
         targets = np.concatenate(ids)[:draws]
         others = draws - len(targets)

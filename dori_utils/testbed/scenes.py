@@ -72,7 +72,6 @@ class Scene:
             canvas.paste(sprite, (placed.left, placed.top), sprite)
         return np.array(canvas)
 
-
     def visible(self) -> dict[str, float]:
         """{name of a sprite: share of it, by opacity, that no later sprite covers}."""
         left: dict[str, np.ndarray] = {}
