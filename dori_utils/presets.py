@@ -21,7 +21,7 @@ class Preset:
     sscd_transform: str  # a name in similarity.TRANSFORMS
     detection_seeds: tuple[int, ...]  # of first-step similarity and noise magnitude
     ordinary_captions: int  # that mitigations should not change; and four real pictures for each
-    pruned_targets: int  # how many memorized prompts mitigations are tried on
+    pruned_targets: int  # how many memorized prompts mitigations are tried on; settings are chosen on the others
     # Detection by first-step similarity takes `similarity` and `second_timestep` from it. Its `seeds`, by which neurons
     # are found, are the same noise as the preset's `seeds`, by which they are judged; NeMo's authors have other noise
     # for each of the two. On six targets of the testbed SSCD_Orig under NeMo is 0.42 on the seeds that the search has
@@ -66,7 +66,7 @@ PRESETS = {
         sscd_transform="testbed",  # chosen by the table in notebook 00
         detection_seeds=tuple(range(4)),
         ordinary_captions=50,
-        pruned_targets=16,
+        pruned_targets=12,  # half of them
         # 16x16 latents leave MS-SSIM no scales; a correlation uses every pixel. At its first timestep the testbed was
         # trained on noise alone (see train.UNET_STAGES), so that for any caption its answer hardly depends on the seed.
         # Layers, rounds and sparsity by the rule in notebook 02: the least that brings MR to 0.25.
