@@ -1,6 +1,6 @@
 # The whole project in two commands: `make figures` and `make test`. The first call makes .venv, which takes minutes.
 #   make figures PYTHON=python3.12                     another Python
-#   make figures ARGS="01 -p PRESET paper"             one notebook, another parameter: see dori_utils/book.py
+#   make figures ARGS="01 -p PRESET paper"             one notebook, another parameter: see tools/book.py
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ help: ## this list
 install: $(STAMP) ## make .venv, which every command below does by itself
 
 figures: $(STAMP) ## run all notebooks, two at a time; they write figures/, their executed copies are in build/notebooks/
-	$(BIN)/python -m dori_utils.book $(ARGS)
+	$(BIN)/python -m tools.book $(ARGS)
 
 test: lint ## lint, then every test
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -45,10 +45,10 @@ lab/%.ipynb: | notebooks/%.ipynb
 	cp $| $@
 
 scorecard: $(STAMP) ## measure every bar and write figures/scorecard.json
-	$(BIN)/python -m dori_utils.scorecard
+	$(BIN)/python -m tools.scorecard
 
 bench: $(STAMP) ## measure the speed bars alone: ratios, each of two things in one run
-	$(BIN)/python -m dori_utils.scorecard speed
+	$(BIN)/python -m tools.scorecard speed
 
 # Made once, and again when what it depends on changes. The last pip call matters on Python 3.11 alone: see pyproject.toml.
 $(STAMP): pyproject.toml constraints.txt

@@ -155,7 +155,7 @@ def main(arguments=None):
     options = _parse(arguments)
     from torch import OutOfMemoryError
 
-    from .sweep import CasesFailed
+    from dori_utils.cli.sweep import CasesFailed
 
     try:
         print({"audit": _audit, "sweep": _sweep, "download": _download}[options.command](options))
@@ -172,10 +172,10 @@ def main(arguments=None):
 
 
 def _audit(options):
-    from .models import load_pipeline
-    from .report import write_report
-    from .store import default_store
-    from .sweep import changed_attack
+    from dori_utils.cli.report import write_report
+    from dori_utils.cli.sweep import changed_attack
+    from dori_utils.core.models import load_pipeline
+    from dori_utils.core.store import default_store
 
     preset, targets, controls = _asked(options)
     chosen = {name: getattr(options, name) for name in ("steps", "lr", "start", "restarts")}
@@ -186,15 +186,15 @@ def _audit(options):
 
 
 def _sweep(options):
-    from .sweep import command
+    from dori_utils.cli.sweep import command
 
     return command(options, *_asked(options))
 
 
 def _asked(options):
     """Preset, targets and controls of either command."""
-    from .models import BUNDLED
-    from .presets import PRESETS
+    from dori_utils.core.models import BUNDLED
+    from dori_utils.presets import PRESETS
 
     for name in ("seeds", "limit", "steps", "restarts", "workers"):
         if (number := getattr(options, name, None)) is not None and number < 1:
@@ -212,8 +212,8 @@ def _asked(options):
 
 def _targets(where, model, kinds):
     """Targets with an image: of a table, of a folder of pictures or of `download`, or the testbed's."""
-    from .models import BUNDLED
-    from .targets import PROMPT_LISTS, load_targets, read_targets
+    from dori_utils.core.models import BUNDLED
+    from dori_utils.core.targets import PROMPT_LISTS, load_targets, read_targets
 
     if where is None:
         return load_targets(model if model in BUNDLED else "testbed", kind=kinds[0])
@@ -230,8 +230,8 @@ def _targets(where, model, kinds):
 
 def _edits(pipe, options):
     """The name and `Edit` of each path, after the model as it is."""
-    from .edits import hashed_once
-    from .weights import edit_names, read_edit
+    from dori_utils.cli.weights import edit_names, read_edit
+    from dori_utils.core.edits import hashed_once
 
     names = edit_names(options.edit)
     if "original" in names:
@@ -243,8 +243,8 @@ def _edits(pipe, options):
 
 
 def _download(options):
-    from .store import data_folder
-    from .targets import download_targets
+    from dori_utils.core.store import data_folder
+    from dori_utils.core.targets import download_targets
 
     folder = options.folder or data_folder() / options.name
     dead = download_targets(options.name, folder)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from .attack import AttackConfig, attack
-from .generation import decode, denoise, initial_latents
-from .metrics import THRESHOLD, share_interval
+from dori_utils.attack import AttackConfig, attack
+from dori_utils.core.diffusion import decode, denoise, initial_latents
+from dori_utils.core.metrics import THRESHOLD, share_interval
 
 
 @dataclass(frozen=True)

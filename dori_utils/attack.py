@@ -22,17 +22,23 @@ import hashlib
 import json
 import math
 import warnings
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import torch
 
-from .arguments import listed
-from .bars import tqdm
-from .edits import applied_by_row, as_array, known_base, read_safetensors, write_safetensors
-from .generation import encode_images, encode_prompts, latent_size
-from .targets import Target
+from dori_utils.core.arguments import listed
+from dori_utils.core.bars import tqdm
+from dori_utils.core.diffusion import (
+    denoising_loss,
+    encode_images,
+    encode_prompts,
+    gradient_checkpointing,
+    latent_size,
+)
+from dori_utils.core.edits import applied_by_row, as_array, known_base, read_safetensors, write_safetensors
+from dori_utils.core.targets import Target
 
 REPLAY = """import torch; from diffusers import StableDiffusionPipeline; from safetensors.torch import load_file
 pipe = StableDiffusionPipeline.from_pretrained(MODEL)
@@ -180,7 +186,7 @@ def attack(
             with tqdm(total=len(parts) * config.steps, desc=desc, disable=not progress) as bar:
                 for part in parts:
                     group_of = [values[part] for values in (targets, edits, embeds, generators, cases)]
-                    found.append(_optimise(pipe, *group_of, config, part.start, stop, callback, bar.update))
+                    found.append(_attack_together(pipe, *group_of, config, part.start, stop, callback, bar.update))
         attempts.append(_joined(found))
     found = attempts[0] if config.restarts == 1 else _best(pipe, attempts, targets, edits, config, rows)
     diverged = [f"{case['target']} at step {case['steps']}" for case in found.cases if case["stopped"] == "diverged"]
@@ -195,94 +201,81 @@ def cases_together(count, config, rows):
     return math.ceil(count / math.ceil(count / most))
 
 
-def denoising_loss(pipe, latents, prompt_embeds, noise, timesteps):
-    """The loss that the model was trained with, for each row (N,): mean square error of its prediction.
+class Step(NamedTuple):
+    """One step of n cases: their numbers, losses (n,) before it and embeddings (n, T, D) after it, and who diverged."""
+
+    active: list[int]
+    losses: torch.Tensor
+    embeds: torch.Tensor
+    diverged: list[int]
+
+
+def descend(pipe, images, embeds, generators, *, lr=0.1, draws=8, edits=None):
+    """DoRI itself: yields a `Step` after each of its steps, for as long as there is a case to go on with.
 
     Args:
-        latents: clean ones (N, C, H, W), see `generation.encode_images`.
-        prompt_embeds: (N, T, D).
-        noise: standard normal (N, C, H, W).
-        timesteps: (N,) integers below the scheduler's num_train_timesteps.
+        images: N PIL images to find embeddings for.
+        embeds: (N, T, D) float32 to start from.
+        generators: one for each case, on the CPU, for noise and timesteps.
+        lr: of Adam. draws: of noise and timestep for a case at each step.
+        edits: one `Edit` or None for each case, in the weights from the first step until the iterator is closed.
 
-    Raises:
-        ValueError: a model that predicts neither noise nor v.
+    Whoever iterates may send a list of cases that need not go on; a case whose loss is no longer finite is not changed
+    by that step, and goes no further.
     """
-    noisy, wanted = noised(pipe, latents, noise, timesteps)
-    return (predict(pipe.unet, noisy, timesteps, prompt_embeds) - wanted).square().mean(dim=(1, 2, 3))
-
-
-def noised(pipe, latents, noise, timesteps):
-    """x_t (N, C, H, W), and what the model was trained to predict there, noise or v; arguments of `denoising_loss`."""
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"DoRI knows models that predict 'epsilon' or 'v_prediction', not {kind!r}.")
-    wanted = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-    return scheduler.add_noise(latents, noise, timesteps), wanted
-
-
-def predict(unet, noisy, timesteps, prompt_embeds):
-    """What the U-Net predicts for x_t (N, C, H, W), in float32."""
-    dtype = unet.dtype
-    return unet(noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample.float()
-
-
-def _optimise(pipe, targets, edits, embeds, generators, cases, config, first, stop, callback, on_step):
-    """Attack one group of cases, that starts with case number `first`; updates `cases`."""
-    clean = encode_images(pipe, [target.image for target in targets])
-    parameters = [start.clone().requires_grad_() for start in embeds]
-    adam = torch.optim.Adam(parameters, lr=config.lr)
-    losses = torch.full((len(targets), config.steps), torch.nan)
-    recorded = {step: embeds.clone() for step in config.record if step == 0}
-    active, step = list(range(len(targets))), 0
-    while active and step < config.steps:
+    clean = encode_images(pipe, images)
+    triggers = [start.clone().requires_grad_() for start in embeds]
+    adam = torch.optim.Adam(triggers, lr=lr)
+    active, edits = list(range(len(triggers))), edits or [None] * len(triggers)
+    while active:
         ended = []
         with applied_by_row(pipe, [edits[i] for i in active]):
-            while not ended and step < config.steps:
-                loss, gradients = _step(
-                    pipe, clean[active], [parameters[i] for i in active], generators, active, config
-                )
-                for i, of_case, gradient in zip(active, loss.tolist(), gradients, strict=True):
-                    losses[i, step] = of_case
-                    if gradient.isfinite().all():
-                        parameters[i].grad = gradient
+            while not ended:
+                drawn = [_draws(pipe, generators[i], draws) for i in active]
+                losses = _losses(pipe, clean[active], torch.stack([triggers[i] for i in active]), drawn)
+                finite = losses.isfinite()
+                gradients = torch.autograd.grad(torch.where(finite, losses, 0.0).sum(), [triggers[i] for i in active])
+                for i, gradient, good in zip(active, gradients, finite.tolist(), strict=True):
+                    if good and gradient.isfinite().all():
+                        triggers[i].grad = gradient
                     else:
                         ended.append(i)
-                        cases[i]["stopped"] = "diverged"
-                adam.step()
+                adam.step()  # passes over those without a gradient
                 adam.zero_grad()
-                step += 1
-                now = torch.stack([parameters[i].detach() for i in active])
-                numbers = [first + i for i in active]
-                for i in active:
-                    cases[i]["steps"] = step
-                if step in config.record:
-                    recorded[step] = torch.stack([parameter.detach().clone() for parameter in parameters])
-                if callback is not None:
-                    about = {"step": step, "steps": config.steps, "cases": numbers}
-                    callback(about | {"losses": loss.cpu(), "prompt_embeds": now})
-                if stop is not None:
-                    for i, enough in zip(active, stop(step, numbers, now), strict=True):
-                        if enough and i not in ended:
-                            ended.append(i)
-                            cases[i]["stopped"] = "early"
-                on_step()
+                now = torch.stack([triggers[i].detach() for i in active])
+                ended = [*ended, *((yield Step(active, losses.detach(), now, list(ended))) or [])]
         active = [i for i in active if i not in ended]
-    on_step(config.steps - step)
-    final = torch.stack([parameter.detach() for parameter in parameters])
-    recorded |= {later: final for later in config.record if later > step}
-    return Triggers(final.cpu(), losses, cases, {step: embeds.cpu() for step, embeds in sorted(recorded.items())})
 
 
-def _step(pipe, clean, parameters, generators, active, config):
-    """Losses (n,) of the active cases with fresh draws, and the gradient of each; not finite where the loss is not."""
-    draws = [_draws(pipe, generators[i], config.batch_size) for i in active]
-    loss = _losses(pipe, clean, torch.stack(parameters), draws)
-    gradients = torch.autograd.grad(torch.where(loss.isfinite(), loss, 0.0).sum(), parameters)
-    bad = ~loss.isfinite()
-    return loss.detach(), [g * torch.nan if of_case else g for g, of_case in zip(gradients, bad.tolist(), strict=True)]
+def _attack_together(pipe, targets, edits, embeds, generators, cases, config, first, stop, callback, on_step):
+    """`Triggers` of one group of cases, that starts with case number `first`; says in `cases` how it went."""
+    latest, losses = embeds.clone(), torch.full((len(targets), config.steps), torch.nan)
+    recorded = {0: embeds.clone()} if 0 in config.record else {}
+    images, settings = [target.image for target in targets], {"lr": config.lr, "draws": config.batch_size}
+    ended = None
+    with closing(descend(pipe, images, embeds, generators, edits=edits, **settings)) as steps:
+        for step in range(1, config.steps + 1):
+            if all(case["stopped"] for case in cases):
+                on_step(config.steps + 1 - step)
+                break
+            active, of_step, now, diverged = steps.send(ended)
+            latest[active], losses[active, step - 1] = now, of_step.cpu()
+            if step in config.record:
+                recorded[step] = latest.clone()
+            numbers = [first + i for i in active]
+            if callback is not None:
+                about = {"step": step, "steps": config.steps, "cases": numbers}
+                callback(about | {"losses": of_step.cpu(), "prompt_embeds": now})
+            enough = [False] * len(active) if stop is None else stop(step, numbers, now)
+            ended = [i for i, of_case in zip(active, enough, strict=True) if of_case and i not in diverged]
+            for i in active:
+                cases[i]["steps"] = step
+            for why, which in (("diverged", diverged), ("early", ended)):
+                for i in which:
+                    cases[i]["stopped"] = why
+            on_step()
+    recorded |= {step: latest for step in config.record if step not in recorded}  # everyone had stopped by then
+    return Triggers(latest.cpu(), losses, cases, {step: embeds.cpu() for step, embeds in sorted(recorded.items())})
 
 
 def _losses(pipe, clean, embeds, draws):
@@ -348,18 +341,6 @@ def _joined(parts):
     cases = [case for part in parts for case in part.cases]
     embeds, losses = [torch.cat([getattr(part, name) for part in parts]) for name in ("prompt_embeds", "losses")]
     return Triggers(embeds, losses, cases, recorded)
-
-
-@contextmanager
-def gradient_checkpointing(unet, wanted):
-    before = unet.is_gradient_checkpointing
-    if wanted:
-        unet.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if wanted and not before:
-            unet.disable_gradient_checkpointing()
 
 
 def _check(pipe, targets, edits, seeds, starts):

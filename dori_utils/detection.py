@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import metrics
-from .bars import tqdm
-from .generation import encode_prompts, initial_latents
-from .similarity import load_sscd
+from dori_utils.core import metrics
+from dori_utils.core.bars import tqdm
+from dori_utils.core.diffusion import ddim, encode_prompts, initial_latents
+from dori_utils.core.sscd import load_sscd
 
 
 @torch.no_grad()
@@ -259,15 +259,6 @@ def _batches(pipe, prompts, seeds, batch_size, desc, progress):
         for row, column in zip(rows.split(batch_size), columns.split(batch_size), strict=True):
             yield embeds[row], noise[column]
             bar.update(len(row))
-
-
-def ddim(pipe, num_inference_steps):
-    """DDIM on the pipeline's noise schedule. Latents are not in [-1, 1], so the old default to clip them is off."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    scheduler.set_timesteps(num_inference_steps, device=pipe.unet.device)
-    return scheduler
 
 
 def _prediction_type(scheduler):

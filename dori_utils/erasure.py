@@ -41,11 +41,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .attack import denoising_loss, noised, predict
-from .edits import Edit
-from .fitting import Stage, fit, weights_in_training
-from .generation import denoise, encode_images, encode_pixels, encode_prompts, generate, latent_size, preprocess
-from .similarity import sscd_scores
+from dori_utils.core.diffusion import (
+    denoise,
+    denoising_loss,
+    encode_images,
+    encode_pixels,
+    encode_prompts,
+    generate,
+    latent_size,
+    noised,
+    predict,
+    preprocess,
+)
+from dori_utils.core.edits import Edit
+from dori_utils.core.sscd import sscd_scores
+from dori_utils.core.training import Stage, fit, weights_in_training
 
 # Of ESD: names of the parameters that are trained. The authors' first code spares the time embedding and the output
 # layers in "u" as well; their paper and later code do not say so.

@@ -28,11 +28,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .attack import AttackConfig, attack, denoising_loss, gradient_checkpointing
-from .audit import cached_embeddings, cached_generate
-from .edits import Edit, known_base
-from .fitting import Stage, fit, weights_in_training
-from .generation import encode_images, encode_pixels, encode_prompts, preprocess
+from dori_utils.attack import AttackConfig, attack
+from dori_utils.core.diffusion import (
+    denoising_loss,
+    encode_images,
+    encode_pixels,
+    encode_prompts,
+    gradient_checkpointing,
+    preprocess,
+)
+from dori_utils.core.edits import Edit, known_base
+from dori_utils.core.training import Stage, fit, weights_in_training
+from dori_utils.evaluation import cached_embeddings, cached_generate
 
 # Where adapters go, as in diffusers' and peft's examples for Stable Diffusion: all linear layers of the attention.
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")

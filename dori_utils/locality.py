@@ -15,8 +15,6 @@ one for each two images (`block_means`), and images are resampled.
 Shapes: N embeddings (N, T, D) of G images; K denoising steps; matrices (N, N) over pairs of embeddings.
 """
 
-import re
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -25,13 +23,13 @@ import pandas as pd
 import torch
 from scipy.spatial.distance import cdist
 
-from .attack import AttackConfig
-from .audit import cached_attack, cached_embeddings
-from .bars import tqdm
-from .detection import ddim
-from .edits import Edit, check_comparable
-from .generation import initial_latents
-from .nemo import neurons
+from dori_utils.attack import AttackConfig
+from dori_utils.core import hooks
+from dori_utils.core.bars import tqdm
+from dori_utils.core.diffusion import ddim, initial_latents
+from dori_utils.core.edits import Edit, check_comparable
+from dori_utils.evaluation import cached_attack, cached_embeddings
+from dori_utils.nemo import neurons
 
 # What the paper has for SD v1.4, layers 1 to 7: value layers and feed-forward layers of the down and middle blocks.
 # Y_adv: 100 triggers of one image; Y_mem: 100 memorized prompts. Activations: mean pairwise L2. Weights: IoU.
@@ -225,20 +223,18 @@ def activation_discrepancy(
     Raises:
         ValueError: no layer has a name that fits the pattern.
     """
-    chosen = {name: module for name, module in pipe.unet.named_modules() if re.search(layers, name)}
-    if not chosen:
-        raise ValueError(f"No layer of this {type(pipe.unet).__name__} has a name that fits {layers!r}.")
+    chosen = hooks.layers(pipe.unet, layers)
     noise, scheduler = initial_latents(pipe, [seed]), ddim(pipe, num_inference_steps)
     outputs = {name: [] for name in chosen}
     with tqdm(total=len(prompt_embeds), desc="activations", disable=not progress) as bar:
         for part in prompt_embeds.to(pipe.unet.device, pipe.unet.dtype).split(batch_size):
-            with _outputs(chosen) as of_part:
+            with hooks.outputs(chosen) as of_part:
                 latents = noise.expand(len(part), -1, -1, -1)
                 for t in scheduler.timesteps[:steps]:
                     output = pipe.unet(latents, t, encoder_hidden_states=part).sample
                     latents = scheduler.step(output, t, latents).prev_sample
             for name, by_step in of_part.items():
-                outputs[name].append(torch.stack(by_step))  # (K, B, F)
+                outputs[name].append(torch.stack([out.flatten(1).float().cpu() for out in by_step]))  # (K, B, F)
             bar.update(len(part))
     l2, relative = {}, {}
     for name in chosen:
@@ -247,18 +243,6 @@ def activation_discrepancy(
         squares = rows.square().sum(dim=2).numpy()  # (K, N)
         relative[name] = l2[name] / np.sqrt((squares[:, :, None] + squares[:, None, :]) / 2)
     return Discrepancy(l2, relative)
-
-
-@contextmanager
-def _outputs(layers):
-    """Within it every layer's output, flattened to (B, F) float32 on the CPU, is added to its list."""
-    lists = {name: [] for name in layers}
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            keep = lists[name].append
-            hook = layer.register_forward_hook(lambda m, args, out, keep=keep: keep(out.flatten(1).float().cpu()))
-            hooks.enter_context(hook)
-        yield lists
 
 
 # --- Weights -------------------------------------------------------------------------------------------------------

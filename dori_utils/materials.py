@@ -7,7 +7,7 @@ put into `data/` (or the folder that the environment variable DORI_DATA names):
         *.csv, images/               written by `download_targets("sd14", "data/sd14")`; or, for a model of one's own,
         targets.csv                  prompt,image,kind: kind VM, TM, and control for images that it has never seen
         statistics_*.pt              optional: NeMo's published statistics; or
-        nemo_statistics.safetensors  of `nemo.Statistics.save`; else they are taken from the ordinary captions
+        nemo_statistics.safetensors  of `Statistics.save`; else they are taken from the ordinary captions
         paraphrases.csv              prompt,paraphrase: for Concept Ablation, three or more of each prompt
     data/coco/                       annotations/captions_val2014.json and val2014/; or captions.csv: caption,image
     data/clip/                       CLIP ViT-B/32: `metrics.load_clip` says how to get it
@@ -25,14 +25,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from . import nemo
-from .audit import cached_statistics
-from .metrics import INCEPTION, load_clip
-from .models import BUNDLED, MODELS, TESTBED
-from .pictures import open_picture
-from .similarity import nearest
-from .store import data_folder
-from .targets import PROMPT_LISTS, first_empty_row, load_targets, read_pairs, read_table, read_targets
+from dori_utils.core.metrics import INCEPTION, load_clip
+from dori_utils.core.models import BUNDLED, MODELS, TESTBED
+from dori_utils.core.pictures import open_picture
+from dori_utils.core.sscd import nearest
+from dori_utils.core.store import data_folder
+from dori_utils.core.targets import PROMPT_LISTS, first_empty_row, load_targets, read_pairs, read_table, read_targets
+from dori_utils.evaluation import cached_statistics
+from dori_utils.nemo_statistics import Statistics, published_statistics
 
 
 @dataclass(frozen=True)
@@ -83,30 +83,30 @@ class BundledMaterials:
     inception = None  # it says little of pictures of 64 pixels
 
     def statistics(self, pipe, config, store):
-        return nemo.Statistics.load(BUNDLED[self.model] / "nemo_statistics.safetensors")
+        return Statistics.load(BUNDLED[self.model] / "nemo_statistics.safetensors")
 
     def ordinary(self, count: int) -> list[Pair]:
-        from .testbed.data import held_out_scenes
+        from dori_utils.testbed.data import held_out_scenes
 
         return [Pair(scene.caption, scene) for scene in held_out_scenes(count)]
 
     def training_pairs(self) -> Sequence:
-        from .testbed.data import OrdinaryPairs
+        from dori_utils.testbed.data import OrdinaryPairs
 
         return OrdinaryPairs(100_000)
 
     def related(self, prompt: str, count: int) -> list[Pair]:
-        from .testbed.data import related_scenes
+        from dori_utils.testbed.data import related_scenes
 
         return [Pair(scene.caption, scene) for scene in related_scenes(prompt, count)]
 
     def paraphrases(self, prompt: str) -> list[str]:
-        from .testbed.scenes import paraphrases
+        from dori_utils.testbed.scenes import paraphrases
 
         return paraphrases(prompt)
 
     def nearest(self, images, preset, store, sscd) -> pd.DataFrame:
-        from .testbed.search import nearest_training_images
+        from dori_utils.testbed.search import nearest_training_images
 
         return nearest_training_images(images, self._training_set(preset), store, sscd, preset.sscd_transform)
 
@@ -114,12 +114,12 @@ class BundledMaterials:
         return Image.fromarray(self._training_set(preset).scene(found["draw"]).draw())
 
     def missed(self, images, preset, store, sscd) -> pd.DataFrame:
-        from .testbed.search import shortlist_recall
+        from dori_utils.testbed.search import shortlist_recall
 
         return shortlist_recall(images, self._training_set(preset), store, sscd, preset.sscd_transform)
 
     def _training_set(self, preset):
-        from .testbed.data import TrainingSet
+        from dori_utils.testbed.data import TrainingSet
 
         return TrainingSet("B" if self.model == "testbed-b" else "A", most=preset.searched_draws)
 
@@ -168,10 +168,10 @@ class FolderMaterials:
         """NeMo's: those in the folder if there are any, else of the ordinary captions, kept in the store."""
         own = self.folder / "nemo_statistics.safetensors"
         if own.is_file():
-            return nemo.Statistics.load(own)
+            return Statistics.load(own)
         published = sorted(self.folder.glob("statistics_*.pt"))
         if published:
-            return nemo.published_statistics(published[0], pipe.unet)
+            return published_statistics(published[0], pipe.unet)
         return cached_statistics(pipe, [pair.caption for pair in self._ordinary], config, store)
 
     @cached_property

@@ -29,8 +29,8 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from sklearn.metrics import roc_curve
 
-from .bars import in_notebook
-from .metrics import THRESHOLD as COPY  # an SSCD above this counts as a copy
+from dori_utils.core.bars import in_notebook
+from dori_utils.core.metrics import THRESHOLD as COPY  # an SSCD above this counts as a copy
 
 KINDS = {"VM": "#2E002E", "TM": "#79167C", "ladder": "#CA2C74", "once": "#CC9E79", "twin": "#8EB2E2"}
 KINDS |= {"control": "#BDBDBD"}

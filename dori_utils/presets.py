@@ -6,8 +6,8 @@ where nobody published it, our choice and why.
 
 from dataclasses import dataclass, replace
 
-from . import adaptive, erasure, finetuning, locality, nemo, wanda
-from .attack import AttackConfig
+from dori_utils import adaptive, erasure, finetuning, locality, nemo, wanda
+from dori_utils.attack import AttackConfig
 
 
 @dataclass(frozen=True)

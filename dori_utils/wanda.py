@@ -24,16 +24,16 @@ follow from them without it.
 Shapes: N prompts, S seeds, K steps; a layer's weight W (rows, columns), its input X (B, T, columns).
 """
 
-import re
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 
-from .bars import tqdm
-from .edits import Edit, base_hash
-from .generation import denoise, encode_prompts, initial_latents
+from dori_utils.core import hooks
+from dori_utils.core.bars import tqdm
+from dori_utils.core.diffusion import denoise, encode_prompts, initial_latents
+from dori_utils.core.edits import Edit, base_hash
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,8 @@ def _norms(pipe, targets, config, authors, prompt_embeds=None, **kwargs):
 
 
 def localized_layers(unet, pattern=Config.layers):
-    """Name → layer of every linear layer whose name fits the pattern.
-
-    Raises:
-        ValueError: there is none.
-    """
-    layers = {
-        name: m for name, m in unet.named_modules() if re.search(pattern, name) and isinstance(m, torch.nn.Linear)
-    }
-    if not layers:
-        raise ValueError(f"No linear layer of this {type(unet).__name__} has a name that fits {pattern!r}.")
-    return layers
+    """Name → layer of every linear layer whose name fits the pattern; a ValueError if there is none."""
+    return hooks.layers(unet, pattern, torch.nn.Linear)
 
 
 @torch.no_grad()
@@ -194,16 +185,11 @@ def _recorded(layers, count, both_halves):
     """
     records = {name: [] for name in layers}
 
-    def hook(name):
-        def record(layer, args):
-            squares = (args[0] if both_halves else args[0][-count:]).float().square()  # (1 or 2 halves x B, T, columns)
-            unit = 1 / squares.sum(dim=2).clamp_min(1e-12)  # (..., T): scales each token's row to unit length
-            norms = torch.einsum("btc,bt->bc", squares, unit).cpu() / squares.shape[1]
-            records[name].append(norms.unflatten(0, (-1, count)).mean(dim=0))  # (halves, B, columns) → (B, columns)
+    def record(name, inputs):
+        squares = (inputs if both_halves else inputs[-count:]).float().square()  # (1 or 2 halves x B, T, columns)
+        unit = 1 / squares.sum(dim=2).clamp_min(1e-12)  # (..., T): scales each token's row to unit length
+        norms = torch.einsum("btc,bt->bc", squares, unit).cpu() / squares.shape[1]
+        records[name].append(norms.unflatten(0, (-1, count)).mean(dim=0))  # (halves, B, columns) → (B, columns)
 
-        return record
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(hook(name)))
+    with hooks.watched(layers, record, inputs=True):
         yield records

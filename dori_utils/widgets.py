@@ -22,12 +22,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from .attack import AttackConfig, attack
-from .audit import edit_of_each
-from .edits import known_base
-from .generation import encode_prompts, generate
-from .plots import COPY, MITIGATIONS, SCORES, lighter
-from .similarity import load_sscd, sscd_scores
+from dori_utils.attack import AttackConfig, attack
+from dori_utils.core.diffusion import encode_prompts, generate
+from dori_utils.core.edits import known_base
+from dori_utils.core.sscd import load_sscd, sscd_scores
+from dori_utils.evaluation import edit_of_each
+from dori_utils.plots import COPY, MITIGATIONS, SCORES, lighter
 
 SIDE = 168  # of a picture on the screen, in pixels
 REDRAW = 0.5  # seconds between two drawings of the curves, at least

@@ -10,11 +10,11 @@ import torch
 from dori_utils import adaptive
 from dori_utils.adaptive import Config, survival, time_to_copy
 from dori_utils.attack import AttackConfig
-from dori_utils.edits import Edit
-from dori_utils.generation import encode_prompts, generate
-from dori_utils.models import model_hash
-from dori_utils.similarity import load_sscd, sscd_scores
-from dori_utils.targets import Target, load_targets
+from dori_utils.core.diffusion import encode_prompts, generate
+from dori_utils.core.edits import Edit
+from dori_utils.core.models import model_hash
+from dori_utils.core.sscd import load_sscd, sscd_scores
+from dori_utils.core.targets import Target, load_targets
 
 ATTEMPTS = tuple(AttackConfig(steps=4, batch_size=2, start=start) for start in ("prompt", "noise"))
 QUICK = Config(attempts=ATTEMPTS, checks=(2,), seeds=(0, 1), num_inference_steps=2, guidance_scale=1.0)

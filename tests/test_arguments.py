@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dori_utils.arguments import listed
 from dori_utils.attack import attack
-from dori_utils.audit import audit, detect
-from dori_utils.generation import generate
+from dori_utils.core.arguments import listed
+from dori_utils.core.diffusion import generate
+from dori_utils.core.sscd import sscd_scores
+from dori_utils.core.targets import Target
+from dori_utils.evaluation import audit, detect
 from dori_utils.presets import PRESETS
-from dori_utils.similarity import sscd_scores
-from dori_utils.targets import Target
 
 IMAGE = Image.new("RGB", (64, 64))
 TARGET = Target("one", "a cat", IMAGE, "VM")

@@ -10,10 +10,17 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
-from dori_utils import audit as audit_module
+from dori_utils import evaluation as audit_module
 from dori_utils import wanda
 from dori_utils.attack import AttackConfig, attack
-from dori_utils.audit import (
+from dori_utils.core.diffusion import encode_prompts, generate
+from dori_utils.core.edits import Edit, applied
+from dori_utils.core.metrics import InceptionDistances, clip_alignment, diversity
+from dori_utils.core.models import model_hash
+from dori_utils.core.sscd import load_sscd, sscd_scores
+from dori_utils.core.store import Store
+from dori_utils.core.targets import Target
+from dori_utils.evaluation import (
     audit,
     cached_attack,
     cached_clip_embeddings,
@@ -25,14 +32,7 @@ from dori_utils.audit import (
     scores_by_target,
     summarize,
 )
-from dori_utils.edits import Edit, applied
-from dori_utils.generation import encode_prompts, generate
-from dori_utils.metrics import InceptionDistances, clip_alignment, diversity
-from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
-from dori_utils.similarity import load_sscd, sscd_scores
-from dori_utils.store import Store
-from dori_utils.targets import Target
 
 PRESET = dataclasses.replace(PRESETS["testbed"], num_inference_steps=2, seeds=(0, 1), detection_seeds=(0, 1, 2))
 
@@ -366,7 +366,7 @@ def test_fid_and_kid_stand_beside_the_cost_where_inceptions_weights_are(tiny_tes
 
 
 def test_an_audit_hashes_the_model_once_and_sees_an_edit_that_is_applied(tiny_testbed, tmp_path, monkeypatch):
-    from dori_utils import edits as module
+    from dori_utils.core import edits as module
 
     calls = []
     monkeypatch.setattr(module, "model_hash", lambda pipe: calls.append(pipe) or model_hash(pipe))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dori_utils.testbed import autoencoder
 from dori_utils.testbed.data import FIRST_SEED
+from tools import autoencoder
 
 
 @pytest.fixture(scope="module")

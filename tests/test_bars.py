@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dori_utils import bars
+from dori_utils.core import bars
 
 PACKAGE = Path(bars.__file__).parent
 

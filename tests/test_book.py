@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from dori_utils import book
+from tools import book
 
 PATIENCE = 600  # seconds: no test waits so long, unless something is broken
 LIGHT = ["ipykernel.kernelapp", "matplotlib.pyplot"]  # torch and the rest take seconds, and only one test is about them
@@ -144,7 +144,7 @@ def test_kernels_have_the_modules_imported_and_nothing_of_each_other(folder, tmp
     draw = "import matplotlib.pyplot as plt\nfig = plt.figure()\nplt.plot([1, 2])"
     for name in ("00.ipynb", "01.ipynb"):
         _write(folder, name, ask, draw)
-    command = [sys.executable, "-m", "dori_utils.book", "--folder", str(folder), "--output", str(tmp_path / "build")]
+    command = [sys.executable, "-m", "tools.book", "--folder", str(folder), "--output", str(tmp_path / "build")]
     subprocess.run([*command, "--kernels", "1"], cwd=book.ROOT, check=True, capture_output=True)
     for name in ("00.ipynb", "01.ipynb"):
         _, asked, drawn = nbformat.read(tmp_path / "build" / name, as_version=4).cells
@@ -256,7 +256,7 @@ def test_folders_in_the_environment_are_meant_from_where_the_book_is_called(fold
 
 
 def test_a_bar_in_a_notebook_leaves_nothing_in_its_executed_copy(folder):
-    bar = "from dori_utils.bars import tqdm\nfor _ in tqdm(range(3), mininterval=0):\n    pass"
+    bar = "from dori_utils.core.bars import tqdm\nfor _ in tqdm(range(3), mininterval=0):\n    pass"
     _write(folder, "00.ipynb", bar, bar + "\nprint('words')")
     assert _run(folder) == 0
     first, second = nbformat.read(folder.parent / "build" / "00.ipynb", as_version=4).cells[1:]

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from dori_utils.core.diffusion import encode_prompts, initial_latents
+from dori_utils.core.sscd import SSCD, SSCDTransform
 from dori_utils.detection import (
     first_step_change,
     first_step_similarity,
@@ -18,8 +20,6 @@ from dori_utils.detection import (
     seed_diversity,
     tpr_at_fpr,
 )
-from dori_utils.generation import encode_prompts, initial_latents
-from dori_utils.similarity import SSCD, SSCDTransform
 
 PROMPTS = ["a photo of a cat", "a dog on a striped background", "grapes and violin"]
 QUIET = dict(progress=False)

@@ -6,13 +6,16 @@ import hashlib
 import pytest
 import torch
 
-from dori_utils import __main__, audit, models, nemo
+from dori_utils import __main__, nemo
+from dori_utils import evaluation as audit
 from dori_utils.attack import Triggers
-from dori_utils.edits import Edit, applied, applied_by_row, base_hash, check_fits, iou, iou_by_layer, union
-from dori_utils.generation import encode_prompts, initial_latents
-from dori_utils.models import model_hash
+from dori_utils.core import models
+from dori_utils.core.diffusion import encode_prompts, initial_latents
+from dori_utils.core.edits import Edit, applied, applied_by_row, base_hash, check_fits, iou, iou_by_layer, union
+from dori_utils.core.models import model_hash
+from dori_utils.core.targets import Target
+from dori_utils.nemo_statistics import Statistics
 from dori_utils.presets import PRESETS
-from dori_utils.targets import Target
 
 ROWS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
 WEIGHTS = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
@@ -335,11 +338,11 @@ def test_files_made_under_the_former_names_of_a_text_encoder_are_of_the_same_mod
     layer = ROWS.removesuffix(".weight")
     layers = {layer: sd1.unet.get_submodule(layer)}
     mean = {layer: torch.zeros(len(parameter(sd1, ROWS)))}
-    nemo._check_statistics(base_hash(sd1), layers, nemo.Statistics(mean, mean, 0.4, former), nemo.Config())
+    Statistics(mean, mean, 0.4, former).check(base_hash(sd1), layers, nemo.Config.similarity)
     with pytest.raises(ValueError, match="made for a model with the hash"), applied(sd2, edit):
         pass
     with pytest.raises(ValueError, match="statistics are of a model with the hash"):
-        nemo._check_statistics(base_hash(sd2), layers, nemo.Statistics(mean, mean, 0.4, former), nemo.Config())
+        Statistics(mean, mean, 0.4, former).check(base_hash(sd2), layers, nemo.Config.similarity)
 
 
 @pytest.mark.parametrize("what", ["model", "parameter", "shape of a delta", "shape of a mask"])

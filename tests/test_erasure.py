@@ -8,8 +8,12 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from dori_utils.attack import denoising_loss
-from dori_utils.edits import applied
+from dori_utils.core.diffusion import denoise, denoising_loss, encode_images, encode_prompts, generate, latent_size
+from dori_utils.core.edits import applied
+from dori_utils.core.models import load_pipeline, model_hash
+from dori_utils.core.sscd import load_sscd
+from dori_utils.core.targets import Target
+from dori_utils.core.training import weights_in_training
 from dori_utils.erasure import (
     AblationConfig,
     ESDConfig,
@@ -22,11 +26,6 @@ from dori_utils.erasure import (
     siss,
     subtracted,
 )
-from dori_utils.fitting import weights_in_training
-from dori_utils.generation import denoise, encode_images, encode_prompts, generate, latent_size
-from dori_utils.models import load_pipeline, model_hash
-from dori_utils.similarity import load_sscd
-from dori_utils.targets import Target
 
 TARGETS = [
     Target("VM-0", "a cat on a red car", Image.new("RGB", (16, 16), "navy"), "VM"),

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
-from dori_utils.estimate import ABOUT, SD1, SD2, as_markdown, costs, count_pass, works
-from dori_utils.generation import generate
+from dori_utils.core.diffusion import generate
 from dori_utils.plots import ROOT
 from dori_utils.presets import PRESETS
+from tools.estimate import ABOUT, SD1, SD2, as_markdown, costs, count_pass, works
 
 SMALL = {"sample_size": 8, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 16}
 SMALL |= {"attention_head_dim": 2}

@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 from dori_utils import finetuning
-from dori_utils.attack import AttackConfig, attack, denoising_loss
-from dori_utils.audit import cached_generate
-from dori_utils.edits import applied
+from dori_utils.attack import AttackConfig, attack
+from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts
+from dori_utils.core.edits import applied
+from dori_utils.core.models import model_hash
+from dori_utils.core.sscd import load_sscd, sscd_scores
+from dori_utils.core.store import Store
+from dori_utils.core.targets import Target
+from dori_utils.core.training import weights_in_training
+from dori_utils.evaluation import cached_generate
 from dori_utils.finetuning import Config, Pairs, finetune
-from dori_utils.fitting import weights_in_training
-from dori_utils.generation import encode_images, encode_prompts
-from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
-from dori_utils.similarity import load_sscd, sscd_scores
-from dori_utils.store import Store
-from dori_utils.targets import Target
 
 COLORS = ["red", "navy", "gold", "teal", "gray", "pink"]
 TARGETS = [
@@ -255,7 +255,7 @@ def test_adapters_change_attention_alone_and_leave_nothing_behind(pipe):
 
 
 def test_half_precision_is_refused(sd1_folder):
-    from dori_utils.models import load_pipeline
+    from dori_utils.core.models import load_pipeline
 
     half = load_pipeline(sd1_folder, device="cpu", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="dtype=torch.float32"):

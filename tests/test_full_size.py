@@ -22,7 +22,7 @@ from conftest import build_tokenizer
 from PIL import Image
 from torch.nn.functional import linear
 
-from dori_utils.estimate import SD1, SD2
+from tools.estimate import SD1, SD2
 
 MOST = 20e9  # bytes
 PROMPT = "a photo of a cat"
@@ -100,8 +100,8 @@ def compute_in_float32(model):
 def attack_and_denoise(pipe, lap=lambda what: None):
     """One step of DoRI with gradient checkpointing, and one guided denoising step."""
     from dori_utils.attack import AttackConfig, attack
-    from dori_utils.generation import denoise, encode_prompts, initial_latents
-    from dori_utils.targets import Target
+    from dori_utils.core.diffusion import denoise, encode_prompts, initial_latents
+    from dori_utils.core.targets import Target
 
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     target, config = Target("random", PROMPT, Image.fromarray(pixels), "VM"), AttackConfig(steps=1, batch_size=1)
@@ -123,7 +123,7 @@ def check_numbers(found, shape):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_a_tiny_model_is_attacked_and_sampled_in_bfloat16(family, request):
-    from dori_utils.models import load_pipeline
+    from dori_utils.core.models import load_pipeline
 
     pipe = load_pipeline(request.getfixturevalue(f"{family}_folder"), device="cpu", dtype=torch.bfloat16)
     check_numbers(attack_and_denoise(pipe), (1, 4, 8, 8))
@@ -132,8 +132,8 @@ def test_a_tiny_model_is_attacked_and_sampled_in_bfloat16(family, request):
 def try_everything(name):
     """What a process of its own finds: layers, numbers, seconds, and the peak of memory."""
     from dori_utils import nemo, wanda
-    from dori_utils.generation import encode_prompts
-    from dori_utils.models import load_pipeline
+    from dori_utils.core.diffusion import encode_prompts
+    from dori_utils.core.models import load_pipeline
 
     found, seconds, started = {}, {}, time.monotonic()
 

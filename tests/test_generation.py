@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
-from dori_utils import edits, generation
-from dori_utils.edits import Edit, applied
-from dori_utils.generation import decode, denoise, encode_prompts, generate, initial_latents
-from dori_utils.models import model_hash
+from dori_utils.core import diffusion as generation
+from dori_utils.core import edits
+from dori_utils.core.diffusion import decode, denoise, encode_prompts, generate, initial_latents
+from dori_utils.core.edits import Edit, applied
+from dori_utils.core.models import model_hash
 
 PROMPTS = ["a photo of a cat", "violin and grapes"]
 SAMPLING = dict(num_inference_steps=6, guidance_scale=7.5)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_utils.fitting import Stage
-from dori_utils.testbed import data, judge, scenes, train
+from dori_utils.core.training import Stage
+from dori_utils.testbed import data, judge, scenes
+from tools import training as train
 
 
 def test_labels_are_the_sprites_that_can_be_seen():

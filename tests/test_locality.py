@@ -9,9 +9,14 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from dori_utils import nemo, wanda
-from dori_utils.audit import cached_edits
-from dori_utils.edits import Edit, iou, iou_by_layer
-from dori_utils.generation import encode_prompts, generate, initial_latents
+from dori_utils.core.diffusion import encode_prompts, generate, initial_latents
+from dori_utils.core.edits import Edit, iou, iou_by_layer
+from dori_utils.core.metrics import bootstrap_interval
+from dori_utils.core.models import model_hash
+from dori_utils.core.sscd import load_sscd, sscd_scores
+from dori_utils.core.store import Store
+from dori_utils.core.targets import Target, load_targets
+from dori_utils.evaluation import cached_edits
 from dori_utils.locality import (
     PAPER,
     activation_discrepancy,
@@ -33,12 +38,7 @@ from dori_utils.locality import (
     wanda_neurons,
     weight_agreement,
 )
-from dori_utils.metrics import bootstrap_interval
-from dori_utils.models import model_hash
 from dori_utils.presets import PRESETS
-from dori_utils.similarity import load_sscd, sscd_scores
-from dori_utils.store import Store
-from dori_utils.targets import Target, load_targets
 
 WORDS = ["a cat", "the red car", "a violin on a striped background"]
 IMAGES = np.repeat(["a", "b", "c", "d"], 6)

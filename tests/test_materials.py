@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from dori_utils import nemo
+from dori_utils.core.store import Store
 from dori_utils.materials import Pairs, load_materials
+from dori_utils.nemo_statistics import collect_statistics
 from dori_utils.presets import PRESETS
-from dori_utils.store import Store
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_related_captions_are_those_nearest_to_the_prompt_by_clip(data):
 
 
 def test_nearest_known_training_image(data, tmp_path):
-    from dori_utils.similarity import load_sscd
+    from dori_utils.core.sscd import load_sscd
 
     materials, preset, sscd = load_materials("mine"), PRESETS["smoke"], load_sscd()
     images = [materials.targets()[5].image, materials.targets()[0].image]
@@ -78,7 +79,7 @@ def test_statistics_of_any_model_come_from_the_ordinary_captions_once(data, sd1,
     materials, store, config = load_materials("mine"), Store(tmp_path / "store"), PRESETS["smoke"].nemo
     first = materials.statistics(sd1, config, store)
     assert set(nemo.value_layers(sd1.unet, r"attn2\.to_v$")) == set(first.mean) == set(first.std)
-    assert first.fingerprint() == nemo.collect_statistics(sd1, data[2], config, progress=False).fingerprint()
+    assert first.fingerprint() == collect_statistics(sd1, data[2], config, progress=False).fingerprint()
     monkeypatch.setattr(nemo, "collect_statistics", None)  # not again
     again = load_materials("mine").statistics(sd1, config, store)
     assert again.fingerprint() == first.fingerprint() and again.model == first.model
@@ -111,7 +112,7 @@ def test_a_kind_that_is_not_there(data):
 
 
 def test_coco_pairs_are_each_pictures_first_caption(tmp_path, random_picture):
-    from dori_utils.targets import read_pairs
+    from dori_utils.core.targets import read_pairs
 
     (tmp_path / "val2014").mkdir()
     for number in (3, 7):
@@ -143,7 +144,7 @@ def test_coco_pairs_are_each_pictures_first_caption(tmp_path, random_picture):
     [("picture,caption\na.png,a cat", "its columns are picture, caption"), ("image,caption\na.png,", "in row 1")],
 )
 def test_a_table_that_is_none_of_pairs_says_what_to_give(table, says, tmp_path):
-    from dori_utils.targets import read_pairs
+    from dori_utils.core.targets import read_pairs
 
     (tmp_path / "pairs.csv").write_text(table)
     with pytest.raises(ValueError, match=f"{says}.*Give a CSV .image,caption"):

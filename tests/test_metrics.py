@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from dori_utils.metrics import (
+from dori_utils.core.metrics import (
     CLIP_FILES,
     INCEPTION,
     bootstrap_interval,
@@ -234,7 +234,7 @@ def test_a_clip_that_is_not_there_says_what_to_download_and_where_to_put_it(tmp_
 def test_a_clip_is_found_by_its_id_in_the_hub_s_local_cache(clip_folder, clip, tmp_path):
     """The cache as huggingface_hub lays it out; the tests are offline."""
     code = """
-from dori_utils.metrics import load_clip
+from dori_utils.core.metrics import load_clip
 clip = load_clip("someone/tiny-clip", device="cpu")
 print(clip.name, clip.fingerprint)
 try:

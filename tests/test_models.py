@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dori_utils import models
-from dori_utils.generation import encode_prompts
-from dori_utils.models import MODELS, TESTBED, load_pipeline, model_hash
+from dori_utils.core import models
+from dori_utils.core.diffusion import encode_prompts
+from dori_utils.core.models import MODELS, TESTBED, load_pipeline, model_hash
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
@@ -121,7 +121,7 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_missing_testbed_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "TESTBED", tmp_path / "testbed")
     monkeypatch.setitem(MODELS, "testbed", str(tmp_path / "testbed"))
-    with pytest.raises(FileNotFoundError, match="dori_utils.testbed.train"):
+    with pytest.raises(FileNotFoundError, match="tools.training"):
         load_pipeline("testbed")
 
 

@@ -11,14 +11,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from dori_utils import nemo
-from dori_utils.audit import cached_edits
+from dori_utils import nemo, nemo_search
+from dori_utils.core import hooks
+from dori_utils.core.diffusion import encode_prompts, initial_latents
+from dori_utils.core.edits import Edit, applied
+from dori_utils.core.models import load_pipeline, model_hash
+from dori_utils.core.store import Store
+from dori_utils.core.targets import Target
 from dori_utils.detection import first_step_change, pairwise_similarity
-from dori_utils.edits import Edit, applied
-from dori_utils.generation import encode_prompts, initial_latents
-from dori_utils.models import load_pipeline, model_hash
-from dori_utils.store import Store
-from dori_utils.targets import Target
+from dori_utils.evaluation import cached_edits
+from dori_utils.nemo_statistics import Statistics, collect_statistics, published_statistics
 
 CONFIG = nemo.Config(seeds=(0, 1, 2, 3), similarity="cosine", num_inference_steps=25)
 ORDINARY = ["a cat", "a dog on a car", "grapes and the violin", "a red guitar", "the photo of a dog", "striped grapes"]
@@ -63,8 +65,8 @@ def targets(*prompts):
 
 
 def statistics_of(pipe, tau):
-    found = nemo.collect_statistics(pipe, ORDINARY, CONFIG, progress=False)
-    return nemo.Statistics(found.mean, found.std, tau, found.model)
+    found = collect_statistics(pipe, ORDINARY, CONFIG, progress=False)
+    return Statistics(found.mean, found.std, tau, found.model)
 
 
 def slow_localize(pipe, prompt, statistics, config, order="ascending"):
@@ -170,12 +172,14 @@ def test_each_row_of_a_batch_blocks_its_own_neurons(pipe):
 @torch.no_grad()
 def test_parts_give_what_was_recorded_without_running(pipe):
     unet, noise, embeds = pipe.unet, initial_latents(pipe, [0, 1]), encode_prompts(pipe, ["a cat", "grapes"])
-    with nemo.recorded(nemo.parts(unet)) as outputs:
+    with nemo_search.recorded(nemo_search.parts(unet)) as outputs:
         expected = unet(noise, 500, encoder_hidden_states=embeds).sample
     order, outputs = zip(*outputs, strict=True)
-    assert len(order) == len(nemo.parts(unet)) >= 38  # 22 residual blocks and 16 transformers, and what is between
+    assert (
+        len(order) == len(nemo_search.parts(unet)) >= 38
+    )  # 22 residual blocks and 16 transformers, and what is between
     for count in (0, 2, 17, len(order)):
-        with nemo.replayed(order[:count], outputs[:count]), nemo.recorded(order) as ran:
+        with hooks.replayed(order[:count], outputs[:count]), nemo_search.recorded(order) as ran:
             torch.testing.assert_close(unet(noise, 500, encoder_hidden_states=embeds).sample, expected)
         assert all(ours is theirs for (_, ours), theirs in zip(ran[:count], outputs[:count], strict=True))
     assert not any("forward" in vars(part) for part in order)
@@ -192,7 +196,7 @@ def test_the_result_is_that_of_one_set_after_the_other(memorizing, tau, layers):
     edits = nemo.localize_each(memorizing, targets(*prompts), statistics, config, batch_size=7)
     for target, edit in zip(targets(*prompts), edits, strict=True):
         assert nemo.neurons(edit) == slow_localize(memorizing, target.prompt, statistics, config)
-    one_by_one = nemo.localize_one_by_one(memorizing, targets(SECRET)[0], statistics, config)
+    one_by_one = nemo.localize_plainly(memorizing, targets(SECRET)[0], statistics, config)
     assert one_by_one.fingerprint() == edits[0].fingerprint()
     assert sum(edits[0].sparsity().values()) > 0
 
@@ -214,7 +218,7 @@ def test_other_orders_are_those_of_one_set_after_the_other_too(memorizing):
 def test_in_the_authors_order_the_strongest_come_last_and_strongest_first(sd1):
     statistics, embeds = statistics_of(sd1, 0.5), encode_prompts(sd1, ["a dog on a car"])
     config = dataclasses.replace(CONFIG, layers=PLANTED[0].replace(".", r"\."), rounds=4)
-    rounds = nemo._rounds(sd1, embeds, statistics, config, "authors")
+    rounds = nemo.candidates(sd1, embeds, statistics, config, "authors")
     (strength,) = nemo.activations(sd1, embeds, config.layers).values()
     strongest = strength[0].argsort(descending=True)[:3].tolist()
     others = [neuron for neuron in range(strength.shape[1]) if neuron not in strongest]
@@ -261,7 +265,7 @@ def test_a_model_that_falls_silent_ends_the_search_and_is_no_error(falling_silen
     edits = nemo.localize_each(falling_silent, targets(SECRET, "a dog"), statistics, config)
     for edit in edits:
         assert {layer: off for layer, off in nemo.neurons(edit).items() if off} == {PLANTED[0]: [PLANTED[1]]}
-    alone = nemo.localize_one_by_one(falling_silent, targets(SECRET)[0], statistics, config)
+    alone = nemo.localize_plainly(falling_silent, targets(SECRET)[0], statistics, config)
     assert alone.fingerprint() == edits[0].fingerprint()
 
 
@@ -280,7 +284,7 @@ def unblocked(score, scores, seeds, margin=0.05, slopes=(0.0,) * 4):
     """
     asked, reported, slopes = [], [], torch.tensor(slopes)
     chosen, groups = torch.ones(4, dtype=torch.bool), list(torch.arange(4).split(1))
-    search = nemo._unblock(
+    search = nemo_search._unblock(
         chosen,
         seeds,
         0.6,
@@ -344,7 +348,7 @@ def test_a_set_that_was_not_tried_is_taken_back_if_its_guess_was_wrong():
 
 
 def test_all_seeds_are_tried_after_some_decisions(monkeypatch):
-    monkeypatch.setattr(nemo, "VERIFY_AFTER", 2)
+    monkeypatch.setattr(nemo_search, "VERIFY_AFTER", 2)
     _, asked, _ = unblocked(lambda off, seed: 0.58 if seed == 7 else 0.15, [0.15, 0.58], [3, 7])
     assert [blocked for blocked, seed in asked if seed == 3] == [2, 0]
 
@@ -403,20 +407,20 @@ def test_decisions_reach_the_callback_in_the_order_of_the_algorithm(memorizing):
 
 
 def test_the_second_timestep_of_the_authors_code_is_an_option(memorizing):
-    first = nemo.collect_statistics(memorizing, ORDINARY, CONFIG)
-    second = nemo.collect_statistics(memorizing, ORDINARY, dataclasses.replace(CONFIG, second_timestep=True))
+    first = collect_statistics(memorizing, ORDINARY, CONFIG)
+    second = collect_statistics(memorizing, ORDINARY, dataclasses.replace(CONFIG, second_timestep=True))
     assert first.tau != second.tau
 
 
 def test_statistics_are_mean_and_spread_and_survive_the_disk(sd1, tmp_path):
-    statistics = nemo.collect_statistics(sd1, ORDINARY, CONFIG, batch_size=4)
+    statistics = collect_statistics(sd1, ORDINARY, CONFIG, batch_size=4)
     layer = list(nemo.value_layers(sd1.unet))[2]
     values = torch.cat([nemo.activations(sd1, encode_prompts(sd1, [prompt]))[layer] for prompt in ORDINARY])
     torch.testing.assert_close(statistics.mean[layer], values.mean(dim=0))
     torch.testing.assert_close(statistics.std[layer], values.std(dim=0))
     assert len(statistics.mean) == 16  # also the layers that the paper leaves out
     statistics.save(tmp_path / "statistics.safetensors")
-    loaded = nemo.Statistics.load(tmp_path / "statistics.safetensors")
+    loaded = Statistics.load(tmp_path / "statistics.safetensors")
     assert (loaded.tau, loaded.model) == (statistics.tau, model_hash(sd1))
     assert all(torch.equal(loaded.std[name], value) for name, value in statistics.std.items())
     assert loaded.fingerprint() == statistics.fingerprint() != dataclasses.replace(loaded, tau=0.5).fingerprint()
@@ -424,7 +428,7 @@ def test_statistics_are_mean_and_spread_and_survive_the_disk(sd1, tmp_path):
 
 
 def test_tau_is_one_deviation_above_the_mean_of_ordinary_prompts(sd1):
-    statistics = nemo.collect_statistics(sd1, ORDINARY, CONFIG)
+    statistics = collect_statistics(sd1, ORDINARY, CONFIG)
     embeds, noise = encode_prompts(sd1, ORDINARY), initial_latents(sd1, CONFIG.seeds)
     scores = []
     for row in embeds:
@@ -437,19 +441,22 @@ def test_tau_is_one_deviation_above_the_mean_of_ordinary_prompts(sd1):
 def test_statistics_of_another_model_are_refused(sd1, sd2):
     with pytest.raises(ValueError, match="statistics are of a model with the hash"):
         nemo.localize_each(sd2, targets("a cat"), statistics_of(sd1, 0.9), CONFIG)
-    unknown = nemo.Statistics({}, {}, 0.9)
+    unknown = Statistics({}, {}, 0.9)
     with pytest.raises(ValueError, match="have no layer down_blocks.0"):
         nemo.localize_each(sd1, targets("a cat"), unknown, CONFIG)
 
 
 def test_a_tau_is_used_with_its_own_similarity_alone(sd1, tmp_path):
-    statistics, other = nemo.collect_statistics(sd1, ORDINARY, CONFIG), dataclasses.replace(CONFIG, similarity="ssim")
-    for search in (nemo.localize_each, lambda pipe, some, *rest: nemo.localize_one_by_one(pipe, some[0], *rest)):
+    statistics, other = (
+        collect_statistics(sd1, ORDINARY, CONFIG),
+        dataclasses.replace(CONFIG, similarity="ssim"),
+    )
+    for search in (nemo.localize_each, lambda pipe, some, *rest: nemo.localize_plainly(pipe, some[0], *rest)):
         with pytest.raises(ValueError, match="similarity 'cosine', and config.similarity is 'ssim': a tau belongs to"):
             search(sd1, targets("a cat"), statistics, other)
     about = {"tau": repr(statistics.tau), "model": statistics.model}
     save_file(statistics.tensors(), tmp_path / "old.safetensors", metadata=about)  # as version 0.1.0 wrote it
-    old = nemo.Statistics.load(tmp_path / "old.safetensors")
+    old = Statistics.load(tmp_path / "old.safetensors")
     assert (old.similarity, old.fingerprint()) == (None, statistics.fingerprint())
     nemo.localize_each(sd1, targets("a cat"), dataclasses.replace(old, tau=1.1), CONFIG)  # not known, so not refused
 
@@ -457,11 +464,11 @@ def test_a_tau_is_used_with_its_own_similarity_alone(sd1, tmp_path):
 def test_the_published_tau_is_of_the_published_similarity(sd1, tmp_path):
     widths, path = [layer.out_features for layer in nemo.value_layers(sd1.unet).values()], tmp_path / "published.pt"
     torch.save(([torch.zeros(n) for n in widths], [torch.ones(n) for n in widths]), path)
-    theirs = nemo.published_statistics(path, sd1.unet)
+    theirs = published_statistics(path, sd1.unet)
     assert (theirs.tau, theirs.similarity) == (0.428, nemo.Config().similarity) == (0.428, "ms_ssim")
     with pytest.raises(ValueError, match="is of the similarity 'ms_ssim', not of 'ms_ssim_unit': give a tau"):
-        nemo.published_statistics(path, sd1.unet, similarity="ms_ssim_unit")
-    ours = nemo.published_statistics(path, sd1.unet, similarity="cosine", tau=0.6)
+        published_statistics(path, sd1.unet, similarity="ms_ssim_unit")
+    ours = published_statistics(path, sd1.unet, similarity="cosine", tau=0.6)
     assert (ours.tau, ours.similarity) == (0.6, "cosine")
     with pytest.raises(ValueError, match="a tau belongs to one"):
         nemo.localize_each(sd1, targets("a cat"), theirs, CONFIG)
@@ -471,9 +478,9 @@ def test_the_published_tau_is_of_the_published_similarity(sd1, tmp_path):
 def test_published_statistics_are_of_stable_diffusion_1_4(sd1):
     with torch.device("meta"):  # SD 1.4's own sizes without its weights
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    statistics = nemo.published_statistics(PUBLISHED, unet)
+    statistics = published_statistics(PUBLISHED, unet)
     widths = [len(mean) for mean in statistics.mean.values()]
     assert widths == [320, 320, 640, 640, 1280, 1280, 1280] and statistics.tau == 0.428
     assert list(statistics.mean)[-1] == "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     with pytest.raises(ValueError, match="this model's have"):
-        nemo.published_statistics(PUBLISHED, sd1.unet)
+        published_statistics(PUBLISHED, sd1.unet)

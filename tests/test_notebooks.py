@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from dori_utils import book, nemo
-from dori_utils.models import TESTBED
+from dori_utils.core.models import TESTBED
+from dori_utils.nemo_statistics import collect_statistics
 from dori_utils.presets import PRESETS
+from tools import book
 
 NOTEBOOKS = sorted(path.stem for path in (TESTBED.parent / "notebooks").glob("*.ipynb"))
 
@@ -42,7 +43,7 @@ def test_a_notebook_runs_twice_and_writes_its_committed_figures(notebook, shared
 def test_a_notebook_runs_on_another_model(notebook, shared_folder, tmp_path, sd1, sd1_folder, write_data, monkeypatch):
     data = tmp_path / "data"
     _, captions = write_data(data, sd1_folder.name)
-    statistics = nemo.collect_statistics(sd1, captions, PRESETS["smoke"].nemo, progress=False)
+    statistics = collect_statistics(sd1, captions, PRESETS["smoke"].nemo, progress=False)
     statistics = replace(
         statistics, tau=-1.0
     )  # else a model of random weights has memorized none, and NeMo nothing to do

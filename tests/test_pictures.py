@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, features
 
-from dori_utils import audit, metrics, targets
-from dori_utils.generation import preprocess
+from dori_utils import evaluation as audit
+from dori_utils.core import metrics, targets
+from dori_utils.core.diffusion import preprocess
+from dori_utils.core.pictures import open_picture, to_rgb
+from dori_utils.core.sscd import SSCDTransform
+from dori_utils.core.targets import PromptList, Target, download_targets, load_targets, read_pairs, read_targets
 from dori_utils.materials import Pair
-from dori_utils.pictures import open_picture, to_rgb
-from dori_utils.similarity import SSCDTransform
-from dori_utils.targets import PromptList, Target, download_targets, load_targets, read_pairs, read_targets
 
 BLOCKS = np.random.default_rng(0).integers(0, 240, (3, 5, 3), dtype=np.uint8)
 BLOCKS[:, 3] = 255  # what is transparent below, over white; no other block is white

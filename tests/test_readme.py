@@ -7,13 +7,14 @@ import shlex
 import pandas as pd
 import pytest
 
-from dori_utils import __main__, book, readme
-from dori_utils.scorecard import BARS
+from dori_utils import __main__
+from tools import book, readme
+from tools.scorecard import BARS
 
 
 def test_the_tables_in_the_readme_are_those_of_the_figures():
     text = readme.README.read_text()
-    assert readme.filled(text) == text, "run `python -m dori_utils.readme`"
+    assert readme.filled(text) == text, "run `python -m tools.readme`"
 
 
 def test_numbers_come_from_the_files_and_lost_marks_are_an_error():
@@ -59,7 +60,7 @@ def test_every_command_of_the_package_can_be_typed_as_printed(name):
             __main__._parse([word for word in words if word != "--help"] + ["--out", "x"] * (words[-1] == "--help"))
         else:
             assert importlib.util.find_spec(module) is not None
-            assert not words or module == "dori_utils.scorecard"
+            assert not words or module == "tools.scorecard"
             assert all(any(bar.name.startswith(word) for bar in BARS) for word in words)
 
 

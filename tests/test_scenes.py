@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dori_utils.testbed import scenes, sprites
+from dori_utils.testbed import scenes
+from tools import sprites
 
 
 def test_a_scene_is_a_function_of_its_seed():

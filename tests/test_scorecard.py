@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dori_utils import scorecard
-from dori_utils.scorecard import Bar
+from tools import scorecard
+from tools.scorecard import Bar
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dori_utils.similarity import load_sscd
-from dori_utils.store import Store
+from dori_utils.core.sscd import load_sscd
+from dori_utils.core.store import Store
 from dori_utils.testbed import data, search
 
 SMALL = data.TrainingSet("A", most=3_000)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from dori_utils import similarity
-from dori_utils.similarity import SSCD, TRANSFORMS, SSCDTransform, load_sscd, nearest, sscd_scores
+from dori_utils.core import sscd as similarity
+from dori_utils.core.sscd import SSCD, TRANSFORMS, SSCDTransform, load_sscd, nearest, sscd_scores
 from dori_utils.testbed.scenes import sample_scene
 
 TINY = SSCDTransform(size=64)

@@ -9,8 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from dori_utils import store as store_module
-from dori_utils.store import Store
+from dori_utils.core import store as store_module
+from dori_utils.core.store import Store
 
 
 def squares(calls):

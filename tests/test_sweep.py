@@ -16,13 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_utils import nemo, sweep, wanda
+from dori_utils import nemo, wanda
 from dori_utils.__main__ import _parse, main
 from dori_utils.attack import AttackConfig
-from dori_utils.audit import audit
-from dori_utils.edits import Edit, base_hash
+from dori_utils.cli import sweep
+from dori_utils.cli.sweep import Plan, read_attacks, read_mitigations
+from dori_utils.core.edits import Edit, base_hash
+from dori_utils.core.store import Store
+from dori_utils.core.targets import read_targets
+from dori_utils.evaluation import audit
+from dori_utils.nemo_statistics import collect_statistics
 from dori_utils.presets import PRESETS
-from dori_utils.scorecard import (
+from tools.scorecard import (
     InstantWorker,
     Watched,
     differing_rows,
@@ -32,9 +37,6 @@ from dori_utils.scorecard import (
     swept,
     worker_killed,
 )
-from dori_utils.store import Store
-from dori_utils.sweep import Plan, read_attacks, read_mitigations
-from dori_utils.targets import read_targets
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: the extra [cluster]")
 NEMO = nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=2)
@@ -61,7 +63,7 @@ def make_plan(tiny_testbed, tiny_testbed_folder, tables, tmp_path):
     model = str(tiny_testbed_folder)
     preset = replace(PRESETS["smoke"], model=model, num_inference_steps=2, seeds=(0, 1), nemo=NEMO, wanda=WANDA)
     prompts = ["a cat on the car", "the red dog", "a violin", "grapes"]
-    nemo.collect_statistics(tiny_testbed, prompts, NEMO, progress=False).save(tmp_path / "statistics.safetensors")
+    collect_statistics(tiny_testbed, prompts, NEMO, progress=False).save(tmp_path / "statistics.safetensors")
     mitigations = {"original": None, "NeMo": "nemo", "Wanda": "wanda"}
 
     def make(folder, targets=None):

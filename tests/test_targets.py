@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dori_utils import targets
+from dori_utils.core import targets
+from dori_utils.core.targets import PromptList, download_targets, load_targets, read_pairs, read_targets
 from dori_utils.materials import FolderMaterials
-from dori_utils.targets import PromptList, download_targets, load_targets, read_pairs, read_targets
 
 NEMO = Path(__file__).parents[2] / "shared" / "data" / "nemo"
 PATIENCE = 300.0  # seconds: no test waits so long, unless something is broken
@@ -247,7 +247,7 @@ def test_an_interrupted_download_leaves_whole_files_only_and_resumes(web, publis
 
 @pytest.mark.slow
 def test_a_killed_download_leaves_whole_files_only_and_resumes():
-    from dori_utils.scorecard import half_downloads
+    from tools.scorecard import half_downloads
 
     lost, remark = half_downloads()
     assert lost == 0 and 8 <= int(remark.split()[2]) < 64
@@ -614,7 +614,7 @@ def test_a_missing_or_damaged_table_is_named(testbed, tmp_path):
     with pytest.raises(OSError, match="Cannot read .*targets.parquet"):
         load_targets("testbed", folder=testbed)
     table.unlink()
-    with pytest.raises(FileNotFoundError, match="No .*targets.parquet.*dori_utils.testbed.train"):
+    with pytest.raises(FileNotFoundError, match="No .*targets.parquet.*tools.training"):
         load_targets("testbed", folder=testbed)
 
 

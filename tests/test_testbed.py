@@ -8,15 +8,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dori_utils import nemo
-from dori_utils.audit import audit, scores_by_target
-from dori_utils.metrics import load_clip, retrieval_accuracy
-from dori_utils.models import BUNDLED, TESTBED, load_pipeline, model_hash
+from dori_utils.core.metrics import load_clip, retrieval_accuracy
+from dori_utils.core.models import BUNDLED, TESTBED, load_pipeline, model_hash
+from dori_utils.core.store import Store
+from dori_utils.core.targets import load_targets
+from dori_utils.evaluation import audit, scores_by_target
+from dori_utils.nemo_statistics import Statistics
 from dori_utils.presets import PRESETS
-from dori_utils.store import Store
-from dori_utils.targets import load_targets
-from dori_utils.testbed import judge, train
+from dori_utils.testbed import judge
 from dori_utils.testbed.data import TrainingSet, held_out_scenes, planned
+from tools import training as train
 
 BOTH = pytest.mark.parametrize("model", BUNDLED)
 
@@ -50,7 +51,7 @@ def test_the_twins_differ_in_their_u_net_alone():
 
 @BOTH
 def test_statistics_for_nemo_are_of_this_model(model):
-    statistics = nemo.Statistics.load(BUNDLED[model] / "nemo_statistics.safetensors")
+    statistics = Statistics.load(BUNDLED[model] / "nemo_statistics.safetensors")
     assert statistics.model == model_hash(load_pipeline(model, device="cpu"))
     assert 0.1 < statistics.tau < 0.95 and len(statistics.mean) == 16
     assert statistics.similarity == PRESETS["testbed"].nemo.similarity

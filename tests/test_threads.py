@@ -10,13 +10,13 @@ from PIL import Image
 
 from dori_utils import wanda
 from dori_utils.attack import AttackConfig, attack
-from dori_utils.audit import audit, cached_attack, cached_edits, cached_statistics, detect
-from dori_utils.edits import Edit, applied
-from dori_utils.generation import generate
-from dori_utils.models import model_hash
+from dori_utils.core.diffusion import generate
+from dori_utils.core.edits import Edit, applied
+from dori_utils.core.models import model_hash
+from dori_utils.core.store import Store
+from dori_utils.core.targets import Target
+from dori_utils.evaluation import audit, cached_attack, cached_edits, cached_statistics, detect
 from dori_utils.presets import PRESETS
-from dori_utils.store import Store
-from dori_utils.targets import Target
 
 PRESET = PRESETS["smoke"]
 TARGETS = [Target("one", "a cat on a car", Image.new("RGB", (64, 64), "red"), "VM")]

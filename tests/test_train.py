@@ -12,13 +12,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from dori_utils import nemo
-from dori_utils.fitting import Stage, fit
-from dori_utils.models import TESTBED, load_pipeline, model_hash
-from dori_utils.targets import load_targets
-from dori_utils.testbed import data, train
-from dori_utils.testbed.autoencoder import make_vae
+from dori_utils.core.models import TESTBED, load_pipeline, model_hash
+from dori_utils.core.targets import load_targets
+from dori_utils.core.training import Stage, fit
+from dori_utils.nemo_statistics import Statistics
+from dori_utils.testbed import data
 from dori_utils.testbed.judge import Labelled, judge_loss, new_judge
+from tools import training as train
+from tools.autoencoder import make_vae
 
 TINY = Stage(steps=4, batch_size=2, lr=1e-3, warmup=2)
 
@@ -101,7 +102,7 @@ def test_every_word_of_a_caption_is_one_token():
 @pytest.mark.slow
 def test_the_tokenizer_is_the_same_in_every_process():
     ours = train.new_tokenizer()
-    script = "from dori_utils.testbed import train; print(sorted(train.new_tokenizer().get_vocab().items()))"
+    script = "from tools import training; print(sorted(training.new_tokenizer().get_vocab().items()))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(sorted(ours.get_vocab().items()))
 
@@ -190,7 +191,7 @@ def test_what_is_saved_loads_by_diffusers_alone_and_draws(tmp_path, tiny):
     image = pipe("an owl on a plain background", num_inference_steps=2, output_type="pt").images
     assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
     train.save_nemo_statistics(tmp_path, num_captions=3)
-    statistics = nemo.Statistics.load(tmp_path / "nemo_statistics.safetensors")
+    statistics = Statistics.load(tmp_path / "nemo_statistics.safetensors")
     assert statistics.model == model_hash(load_pipeline(tmp_path, device="cpu")) and len(statistics.mean) == 16
     expected = clip.text_model(train.tokenize(tokenizer, ["an owl"])).last_hidden_state
     torch.testing.assert_close(pipe.text_encoder(train.tokenize(tokenizer, ["an owl"])).last_hidden_state, expected)

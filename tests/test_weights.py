@@ -16,9 +16,9 @@ from diffusers import DDIMScheduler
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from dori_utils.edits import Edit, applied
-from dori_utils.models import load_pipeline, model_hash
-from dori_utils.weights import edit_names, read_edit
+from dori_utils.cli.weights import edit_names, read_edit
+from dori_utils.core.edits import Edit, applied
+from dori_utils.core.models import load_pipeline, model_hash
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
 RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -162,9 +162,7 @@ def test_without_a_network_nothing_is_asked_of_one(sd1, tmp_path):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        script = (
-            "import sys; from dori_utils.models import load_pipeline as load; load(sys.argv[1], local_files_only=True)"
-        )
+        script = "import sys; from dori_utils.core import models as m; m.load_pipeline(sys.argv[1], local_files_only=True)"
         online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
         online |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub")}
         command = [sys.executable, "-c", script, str(tmp_path / "model.safetensors")]
@@ -196,7 +194,7 @@ def test_a_file_that_lacks_weights_or_is_none_of_a_whole_model_is_refused(sd1, s
 
 
 def test_a_hub_id_may_bring_its_revision(monkeypatch):
-    from dori_utils import models
+    from dori_utils.core import models
 
     asked = []
     monkeypatch.setattr(

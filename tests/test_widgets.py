@@ -21,15 +21,15 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from dori_utils import attack as attack_module
-from dori_utils.attack import AttackConfig, attack, predict
-from dori_utils.audit import audit, detect
-from dori_utils.edits import Edit
-from dori_utils.generation import encode_prompts, generate
-from dori_utils.models import model_hash
+from dori_utils.attack import AttackConfig, attack
+from dori_utils.core.diffusion import encode_prompts, generate, predict
+from dori_utils.core.edits import Edit
+from dori_utils.core.models import model_hash
+from dori_utils.core.sscd import load_sscd, sscd_scores
+from dori_utils.core.store import Store
+from dori_utils.core.targets import Target
+from dori_utils.evaluation import audit, detect
 from dori_utils.presets import PRESETS
-from dori_utils.similarity import load_sscd, sscd_scores
-from dori_utils.store import Store
-from dori_utils.targets import Target
 from dori_utils.widgets import MITIGATIONS, LiveAttack, _curves, attack_widget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,14 +318,14 @@ def test_a_list_of_edits_must_fit_the_targets(tiny_testbed, sscd):
 
 NOTEBOOK = [
     """from test_widgets import PRESET, TARGETS, neuron_off
-from dori_utils.models import load_pipeline
+from dori_utils.core.models import load_pipeline
 from dori_utils.widgets import attack_widget
 
 pipe = load_pipeline({folder!r}, device="cpu")
 widget = attack_widget(pipe, TARGETS, {{"original": None, "off": neuron_off(pipe, 0)}}, PRESET)
 widget""",
     "print('answered while it ran:', widget.live.running)",
-    """from dori_utils.bars import tqdm
+    """from dori_utils.core.bars import tqdm
 from dori_utils.plots import image_grid, save_figure, use_style
 
 for _ in tqdm(range(2), mininterval=0):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .scenes import Scene, sample_scene, sprite_names
+from dori_utils.testbed.scenes import Scene, sample_scene, sprite_names
 
 TWINS = ("A", "B")
 VM_TIMES, TM_TIMES = 640, 640

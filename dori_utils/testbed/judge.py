@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .data import ordinary_scene
-from .scenes import sprite_names, to_model_range
+from dori_utils.testbed.data import ordinary_scene
+from dori_utils.testbed.scenes import sprite_names, to_model_range
 
 SIDE = 128  # px, that pictures are enlarged to
 VISIBLE = 1 / 3  # a sprite of which less can be seen counts neither way in training

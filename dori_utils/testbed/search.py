@@ -14,9 +14,9 @@ import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from PIL import Image
 
-from ..similarity import TRANSFORMS, nearest
-from .data import TrainingSet, planned
-from .scenes import sprite_names
+from dori_utils.core.sscd import TRANSFORMS, nearest
+from dori_utils.testbed.data import TrainingSet, planned
+from dori_utils.testbed.scenes import sprite_names
 
 THUMBNAIL = 8  # px
 CHUNK = 4096  # draws in one case of the store

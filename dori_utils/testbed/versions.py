@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..audit import cached_embeddings
-from .data import num_variants, planned, template_variant
+from dori_utils.evaluation import cached_embeddings
+from dori_utils.testbed.data import num_variants, planned, template_variant
 
 
 def version_images(id: str) -> list[Image.Image]:

@@ -4,7 +4,7 @@ Users never need this: the archive is in the repository. It is here so that ever
 make it again with other sprites. The package is on npm, `npm pack` downloads it, and resvg draws it:
 
     npm pack @iconify-json/fluent-emoji-flat@1.2.6 && pip install resvg_py==0.5.0
-    python -m dori_utils.testbed.sprites iconify-json-fluent-emoji-flat-1.2.6.tgz
+    python -m tools.sprites iconify-json-fluent-emoji-flat-1.2.6.tgz
 """
 
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-ARCHIVE = Path(__file__).with_name("sprites.zip")
+ARCHIVE = Path(__file__).resolve().parents[1] / "dori_utils/testbed/sprites.zip"
 SIDE = 96  # px; a scene shows a sprite at 28 to 36 px
 
 # Our name, where it differs from the emoji's own. Chosen to look unlike each other at 30 px, in shape and colour.
@@ -28,7 +28,7 @@ tree=evergreen-tree rocket sailboat bus umbrella guitar crown gem=gem-stone ball
 
 PROVENANCE = """Sprites of the testbed: Microsoft's Fluent Emoji in the flat style, drawn at 96 px.
 Source: npm package @iconify-json/fluent-emoji-flat 1.2.6, under the MIT licence below.
-Made by: python -m dori_utils.testbed.sprites
+Made by: python -m tools.sprites
 
 Fluent Emoji: Copyright (c) Microsoft Corporation.
 

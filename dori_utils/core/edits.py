@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .models import differing_settings, first_three, model_hash, todays_hash
+from dori_utils.core.models import differing_settings, first_three, model_hash, todays_hash
 
 _BASE = weakref.WeakKeyDictionary()  # a U-Net that edits are applied to → the hash of its pipeline without them
 _LOCKS = weakref.WeakKeyDictionary()  # a U-Net → the lock of the thread that counts on its weights, or edits them

@@ -19,18 +19,25 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from . import __version__, nemo
-from .adaptive import time_to_copy
-from .arguments import check_preset, listed
-from .attack import AttackConfig, Triggers, attack, cases_together
-from .detection import first_step_similarity, noise_magnitude
-from .edits import Edit, base_hash, check_fits, current_hash, exclusive, hashed_once
-from .generation import count_evaluations, generate
-from .metrics import bootstrap_interval, diversity, frechet_distance, inception_distances, memorization_rate
-from .pictures import to_rgb
-from .similarity import SSCD, TRANSFORMS, load_sscd
-from .store import canonical_json
-from .targets import Target
+from dori_utils import __version__
+from dori_utils.adaptive import time_to_copy
+from dori_utils.attack import AttackConfig, Triggers, attack, cases_together
+from dori_utils.core.arguments import check_preset, listed
+from dori_utils.core.diffusion import count_evaluations, generate
+from dori_utils.core.edits import Edit, base_hash, check_fits, current_hash, exclusive, hashed_once
+from dori_utils.core.metrics import (
+    bootstrap_interval,
+    diversity,
+    frechet_distance,
+    inception_distances,
+    memorization_rate,
+)
+from dori_utils.core.pictures import to_rgb
+from dori_utils.core.sscd import SSCD, TRANSFORMS, load_sscd
+from dori_utils.core.store import canonical_json
+from dori_utils.core.targets import Target
+from dori_utils.detection import first_step_similarity, noise_magnitude
+from dori_utils.nemo_statistics import Statistics, collect_statistics
 
 
 def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[list[Image.Image]]:
@@ -444,20 +451,20 @@ def _similarity(kind) -> str:
     return "ms_ssim, authors'" if kind == "ms_ssim" else kind
 
 
-def cached_statistics(pipe, captions, config, store) -> nemo.Statistics:
-    """`nemo.collect_statistics` of ordinary captions, from the store."""
+def cached_statistics(pipe, captions, config, store) -> Statistics:
+    """`nemo_statistics.collect_statistics` of ordinary captions, from the store."""
     about = {"what": "NeMo's statistics", "captions": _data_hash(list(captions)), "config": _config_of(config)}
     about |= {"model": current_hash(pipe), **_beside_weights(pipe)}
 
     def compute() -> dict:
         with exclusive(pipe):
-            found = nemo.collect_statistics(pipe, captions, config)
+            found = collect_statistics(pipe, captions, config)
         return {name: tensor.numpy() for name, tensor in found.tensors().items()} | {"tau": found.tau}
 
     kept = store.fetch(about, compute)
     tau = float(kept.pop("tau"))
     tensors = {name: torch.from_numpy(array) for name, array in kept.items()}
-    return nemo.Statistics.from_tensors(tensors, tau, base_hash(pipe), config.similarity)
+    return Statistics.from_tensors(tensors, tau, base_hash(pipe), config.similarity)
 
 
 def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
@@ -554,7 +561,7 @@ def _key_of(value):
         return _data_hash(value)
     if isinstance(value, torch.Tensor):
         return _hash(value)
-    if isinstance(value, Edit | nemo.Statistics):
+    if isinstance(value, Edit | Statistics):
         return value.fingerprint()
     if isinstance(value, SSCD):
         return value.name

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
-from .data import FIRST_SEED, ordinary_scene
-from .scenes import to_model_range
+from dori_utils.testbed.data import FIRST_SEED, ordinary_scene
+from dori_utils.testbed.scenes import to_model_range
 
 LATENT_CHANNELS = 32
 WIDTH = 64  # of the decoder's layers

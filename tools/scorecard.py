@@ -1,7 +1,7 @@
 """Scorecard: every bar that this project has set itself, measured now. `make scorecard` calls this.
 
-    python -m dori_utils.scorecard            # all bars
-    python -m dori_utils.scorecard VM         # those whose names begin so; the others keep their last result
+    python -m tools.scorecard            # all bars
+    python -m tools.scorecard VM         # those whose names begin so; the others keep their last result
 
 One line a bar, and all of them in figures/scorecard.json. A number is always measured, never copied from anywhere; a
 bar that is missed is shown as short. Generations come from the store (cache/) if they are there under the same model,
@@ -39,21 +39,24 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from . import finetuning, metrics, nemo, sweep, targets, wanda
-from .attack import AttackConfig, attack
-from .audit import audit, cached_edits, cached_generate, cached_training, ordinary_cost, scores_by_target
-from .edits import known_base
-from .generation import decode, denoise, encode_prompts, generate, initial_latents
-from .models import TESTBED, TWIN, load_pipeline
-from .plots import FIGURES, figures_folder
-from .presets import PRESETS
-from .similarity import load_sscd, sscd_scores
-from .store import Store, default_store
-from .targets import load_targets
-from .testbed.data import FIRST_SEED, OrdinaryPairs, TrainingSet, held_out_scenes
-from .testbed.judge import load_judge, named_found
-from .testbed.scenes import place_anew, sample_scene, to_model_range
-from .testbed.search import nearest_training_images
+from dori_utils import finetuning, nemo, wanda
+from dori_utils.attack import AttackConfig, attack
+from dori_utils.cli import sweep
+from dori_utils.core import metrics, targets
+from dori_utils.core.diffusion import decode, denoise, encode_prompts, generate, initial_latents
+from dori_utils.core.edits import known_base
+from dori_utils.core.models import TESTBED, TWIN, load_pipeline
+from dori_utils.core.sscd import load_sscd, sscd_scores
+from dori_utils.core.store import Store, default_store
+from dori_utils.core.targets import load_targets
+from dori_utils.evaluation import audit, cached_edits, cached_generate, cached_training, ordinary_cost, scores_by_target
+from dori_utils.nemo_statistics import Statistics
+from dori_utils.plots import FIGURES, figures_folder
+from dori_utils.presets import PRESETS
+from dori_utils.testbed.data import FIRST_SEED, OrdinaryPairs, TrainingSet, held_out_scenes
+from dori_utils.testbed.judge import load_judge, named_found
+from dori_utils.testbed.scenes import place_anew, sample_scene, to_model_range
+from dori_utils.testbed.search import nearest_training_images
 
 PRESET = PRESETS["testbed"]
 ATTACK = replace(PRESET.attack, batch_size=AttackConfig.batch_size)  # the paper's draws; the book has half of them
@@ -77,7 +80,7 @@ class Bar:
             "value": round(float(value), 4),
             "bound": f"{self.sign} {self.bound:g}",
             "holds": bool(COMPARE[self.sign](value, self.bound)),
-            "command": f'python -m dori_utils.scorecard "{self.name}"',
+            "command": f'python -m tools.scorecard "{self.name}"',
             "date": datetime.date.today().isoformat(),
             "machine": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",  # times depend on it
             "remark": remark,
@@ -221,7 +224,7 @@ def unet_row(backward: bool):
 
 @functools.cache
 def nemo_statistics():
-    return nemo.Statistics.load(TESTBED / "nemo_statistics.safetensors")
+    return Statistics.load(TESTBED / "nemo_statistics.safetensors")
 
 
 @functools.cache
@@ -267,7 +270,7 @@ def nemo_speedup():
     mine = (time.perf_counter() - start) / decisions.count("ours")
     start = time.perf_counter()
     theirs = [
-        nemo.localize_one_by_one(
+        nemo.localize_plainly(
             pipe(), target, nemo_statistics(), PRESET.nemo, callback=lambda _: decisions.append("one by one")
         )
         for target in some
@@ -725,7 +728,7 @@ def first_run_seconds(*notebooks: str):
     """Some notebooks, or all, with nothing in the store."""
     with tempfile.TemporaryDirectory() as folder:
         places = {"DORI_CACHE": f"{folder}/cache", "DORI_FIGURES": f"{folder}/figures"}
-        return command_seconds("dori_utils.book", *notebooks, "--output", f"{folder}/executed", **places)
+        return command_seconds("tools.book", *notebooks, "--output", f"{folder}/executed", **places)
 
 
 def test_seconds(*options: str):
@@ -789,7 +792,7 @@ BARS = (
     Bar("download killed midway, images lost or not whole", "<=", 0, half_downloads),
     Bar("locality, notebooks 04 to 06 from an empty cache, s", "<=", 480, lambda: first_run_seconds("04", "05", "06")),
     Bar("first run of all notebooks, from an empty cache, s", "<=", 5400, first_run_seconds),
-    Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("dori_utils.book")),
+    Bar("second run of all notebooks, s", "<=", 60, lambda: command_seconds("tools.book")),
     Bar("fast tests, s", "<=", 120, lambda: test_seconds("-m", "not slow")),
     Bar("whole suite, s", "<=", 900, test_seconds),
 )

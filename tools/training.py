@@ -1,4 +1,4 @@
-"""Train the testbed: `python -m dori_utils.testbed.train` makes `testbed/` from nothing but the sprites.
+"""Train the testbed: `python -m tools.training` makes `testbed/` from nothing but the sprites.
 
 An autoencoder, which is known in closed form (autoencoder.py); a CLIP; between the autoencoder's latents and the CLIP's
 text tower, both frozen, a U-Net, which becomes two (see data.py); and a judge that finds sprites in pictures. All are
@@ -24,15 +24,25 @@ from tokenizers import pre_tokenizers
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from .. import nemo
-from ..bars import tqdm
-from ..fitting import Stage, fit
-from ..models import TESTBED, _keep_memory, load_pipeline
-from ..presets import PRESETS
-from .autoencoder import LATENT_CHANNELS, make_vae
-from .data import BASE_DRAWS, FIRST_SEED, FORK_DRAWS, TWINS, TrainingSet, ordinary_scene, plan_index, planned, scene_of
-from .judge import Labelled, judge_loss, new_judge
-from .scenes import BACKGROUNDS, SIDE, sprite_names, to_model_range, with_article
+from dori_utils.core.bars import tqdm
+from dori_utils.core.models import TESTBED, _keep_memory, load_pipeline
+from dori_utils.core.training import Stage, fit
+from dori_utils.nemo_statistics import collect_statistics
+from dori_utils.presets import PRESETS
+from dori_utils.testbed.data import (
+    BASE_DRAWS,
+    FIRST_SEED,
+    FORK_DRAWS,
+    TWINS,
+    TrainingSet,
+    ordinary_scene,
+    plan_index,
+    planned,
+    scene_of,
+)
+from dori_utils.testbed.judge import Labelled, judge_loss, new_judge
+from dori_utils.testbed.scenes import BACKGROUNDS, SIDE, sprite_names, to_model_range, with_article
+from tools.autoencoder import LATENT_CHANNELS, make_vae
 
 BATCH = 64  # of the U-Net
 UNET = {"batch_size": BATCH, "betas": (0.9, 0.99), "max_rise": 0.15}
@@ -310,10 +320,10 @@ def save_targets(path: Path, training_sets: dict[str, TrainingSet]) -> None:
 
 
 def save_nemo_statistics(out: Path, num_captions: int = 5000) -> None:
-    """What NeMo must know of ordinary captions (`nemo.collect_statistics`), in out/nemo_statistics.safetensors."""
+    """What NeMo must know of ordinary captions (`collect_statistics`), in out/nemo_statistics.safetensors."""
     captions = [ordinary_scene(index, FIRST_SEED["validation"]).caption for index in range(num_captions)]
     pipe = load_pipeline(out, device="cpu")
-    nemo.collect_statistics(pipe, captions, PRESETS["testbed"].nemo).save(out / "nemo_statistics.safetensors")
+    collect_statistics(pipe, captions, PRESETS["testbed"].nemo).save(out / "nemo_statistics.safetensors")
 
 
 def main() -> None:

@@ -30,19 +30,28 @@ import pandas as pd
 import psutil
 import torch
 
-from . import nemo, wanda
-from .attack import AttackConfig
-from .audit import _beside_weights, _config_of, _data_hash, audit, cached_attack, cached_edits, provenance
-from .bars import tqdm
-from .edits import base_hash, hashed_once
-from .models import BUNDLED, MODELS, load_pipeline
-from .plots import csv_text
-from .presets import Preset
-from .report import settings_table, verdicts
-from .similarity import SSCD, TRANSFORMS, load_sscd
-from .store import Store
-from .targets import Target
-from .weights import edit_names, read_edit
+from dori_utils import nemo, wanda
+from dori_utils.attack import AttackConfig
+from dori_utils.cli.report import settings_table, verdicts
+from dori_utils.cli.weights import edit_names, read_edit
+from dori_utils.core.bars import tqdm
+from dori_utils.core.edits import base_hash, hashed_once
+from dori_utils.core.models import BUNDLED, MODELS, load_pipeline
+from dori_utils.core.sscd import SSCD, TRANSFORMS, load_sscd
+from dori_utils.core.store import Store
+from dori_utils.core.targets import Target
+from dori_utils.evaluation import (
+    _beside_weights,
+    _config_of,
+    _data_hash,
+    audit,
+    cached_attack,
+    cached_edits,
+    provenance,
+)
+from dori_utils.nemo_statistics import Statistics, published_statistics
+from dori_utils.plots import csv_text
+from dori_utils.presets import Preset
 
 PRUNING = {"nemo": "NeMo", "wanda": "Wanda"}  # mitigations that are made for each target
 ATTACK_OPTIONS = {"steps": int, "lr": float, "start": str, "restarts": int}
@@ -164,8 +173,8 @@ class Worker:
     @functools.cached_property
     def statistics(self):
         if self.plan.statistics.suffix == ".pt":
-            return nemo.published_statistics(self.plan.statistics, self.pipe.unet)
-        return nemo.Statistics.load(self.plan.statistics)
+            return published_statistics(self.plan.statistics, self.pipe.unet)
+        return Statistics.load(self.plan.statistics)
 
     @functools.cached_property
     def edits(self):
@@ -599,5 +608,5 @@ def _statistics(options):
     if "nemo" not in options.mitigations:
         return None
     if options.nemo_statistics is None and options.model not in BUNDLED:
-        raise ValueError("NeMo needs statistics of this model: give --nemo-statistics (see nemo.collect_statistics).")
+        raise ValueError("NeMo needs statistics of this model: give --nemo-statistics (see collect_statistics).")
     return (options.nemo_statistics or BUNDLED[options.model] / "nemo_statistics.safetensors").resolve()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-TESTBED = Path(__file__).resolve().parent.parent / "testbed"
+TESTBED = Path(__file__).resolve().parents[2] / "testbed"
 TWIN = TESTBED.with_name("testbed-b")  # the same model that has seen another list of images
 BUNDLED = {"testbed": TESTBED, "testbed-b": TWIN}
 
@@ -203,7 +203,7 @@ def _locate(name_or_path, revision, local_files_only, weights=True):
     if folder in BUNDLED.values():
         raise FileNotFoundError(
             f"The testbed model is not in {folder}. It comes with the repository (install with `pip install -e .`), "
-            "and `python -m dori_utils.testbed.train` trains it anew."
+            "and `python -m tools.training` trains it anew."
         )
     if folder.suffix in (".safetensors", *PICKLED):
         raise FileNotFoundError(f"No file {folder} to load a model from. Check the path.")

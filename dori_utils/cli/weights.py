@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from . import models
-from .edits import Edit, check_fits, known_base
-from .models import PICKLED, differing_settings, first_line, first_three, load_unet, quiet
+from dori_utils.core import models
+from dori_utils.core.edits import Edit, check_fits, known_base
+from dori_utils.core.models import PICKLED, differing_settings, first_line, first_three, load_unet, quiet
 
 PEFT = "base_model.model."  # what names begin with in peft's own files
 SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")  # settings that matter

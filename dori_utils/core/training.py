@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .bars import tqdm
-from .edits import Edit, known_base
+from dori_utils.core.bars import tqdm
+from dori_utils.core.edits import Edit, known_base
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""README's tables and first picture, filled from figures/*.csv: `python -m dori_utils.readme`, after `make figures`.
+"""README's tables and first picture, filled from figures/*.csv: `python -m tools.readme`, after `make figures`.
 
-The CSV of `estimate` is written by `python -m dori_utils.estimate`.
+The CSV of `estimate` is written by `python -m tools.estimate`.
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is made by the function of that name below.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .estimate import as_markdown
-from .metrics import THRESHOLD as COPY
+from dori_utils.core.metrics import THRESHOLD as COPY
+from tools.estimate import as_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -26,9 +26,9 @@ import pandas as pd
 import requests
 from PIL import Image
 
-from dori_utils.bars import tqdm
-from dori_utils.models import BUNDLED, TESTBED
-from dori_utils.pictures import open_picture, suffixes, to_rgb
+from dori_utils.core.bars import tqdm
+from dori_utils.core.models import BUNDLED, TESTBED
+from dori_utils.core.pictures import open_picture, suffixes, to_rgb
 
 NEMO_URL = (
     "https://raw.githubusercontent.com/ml-research/localizing_memorization_in_diffusion_models/"
@@ -343,7 +343,7 @@ def _check_name(name, known):
 def _read_parquet(path, twin):
     """The testbed's table as its model A or B sees it, with columns id, prompt, kind, duplicates, image (PNG bytes)."""
     if not path.is_file():
-        raise FileNotFoundError(f"No {path}. `python -m dori_utils.testbed.train` makes it together with the model.")
+        raise FileNotFoundError(f"No {path}. `python -m tools.training` makes it together with the model.")
     try:
         columns = ["id", "prompt", "list", "kind", "seen_a", "seen_b", "image"]
         table = pd.read_parquet(path, columns=columns)

@@ -31,9 +31,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageFilter
 
-from .arguments import listed
-from .bars import tqdm
-from .pictures import to_rgb
+from dori_utils.core.arguments import listed
+from dori_utils.core.bars import tqdm
+from dori_utils.core.pictures import to_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -268,7 +268,7 @@ def _load_onnx():
 def _load_torchscript(path, device):
     import torch
 
-    from .models import default_device
+    from dori_utils.core.models import default_device
 
     if not path.is_file():
         raise FileNotFoundError(f"No SSCD model at {path}, which load_sscd(path) or DORI_SSCD names.")

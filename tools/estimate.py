@@ -5,7 +5,7 @@ counted as it would run, in floating-point operations (FLOPs), and every tensor 
 bytes. From these follow time, at a stated rate, and memory. Attention is counted in its plain form, which keeps its
 matrices of probabilities; a fused one keeps less. What kernels need for themselves comes on top.
 
-    python -m dori_utils.estimate     # every method on Stable Diffusion 1.4: prints it, writes figures/estimate.csv
+    python -m tools.estimate     # every method on Stable Diffusion 1.4: prints it, writes figures/estimate.csv
 """
 
 import re
@@ -17,8 +17,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from .erasure import VARIANTS
-from .nemo import value_layers
+from dori_utils.erasure import VARIANTS
+from dori_utils.nemo import value_layers
 
 # What is not named is diffusers' default. Each model's own unet/config.json has the same numbers.
 SD1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # Stable Diffusion 1.x
@@ -259,8 +259,8 @@ def _duration(hours):
 
 
 if __name__ == "__main__":
-    from .plots import FIGURES, csv_text, figures_folder
-    from .presets import PRESETS
+    from dori_utils.plots import FIGURES, csv_text, figures_folder
+    from dori_utils.presets import PRESETS
 
     table = costs(PRESETS["paper"])
     table.attrs["about"] = ABOUT

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .bars import tqdm
-from .pictures import open_picture, to_rgb
-from .store import data_folder
+from dori_utils.core.bars import tqdm
+from dori_utils.core.pictures import open_picture, to_rgb
+from dori_utils.core.store import data_folder
 
 THRESHOLD = 0.7  # SSCD above which a generation is a copy: Wen et al. (2024), NeMo, DoRI
 CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -159,7 +159,7 @@ def load_clip(name_or_path, *, device=None, revision=None, local_files_only=True
     # The variant that resizes with Pillow: the other one needs torchvision, which nothing else here does.
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    from .models import default_device
+    from dori_utils.core.models import default_device
 
     folder = _clip_folder(name_or_path, revision, local_files_only)
     model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
@@ -375,7 +375,7 @@ def _open(image):
 
 def _inception(path, device):
     """torch-fidelity's Inception, which gives (B, 2048) for uint8 (B, 3, H, W)."""
-    from .models import default_device
+    from dori_utils.core.models import default_device
 
     state = _inception_weights(Path(path or data_folder() / INCEPTION))
     try:

@@ -11,14 +11,15 @@ Shapes: N cases; T tokens and D channels of an embedding; C, H, W of a latent; p
 """
 
 import copy
+from contextlib import contextmanager
 from typing import SupportsIndex
 
 import torch
 
-from .arguments import listed
-from .bars import tqdm
-from .edits import applied_by_row, exclusive, known_base
-from .pictures import to_rgb
+from dori_utils.core.arguments import listed
+from dori_utils.core.bars import tqdm
+from dori_utils.core.edits import applied_by_row, exclusive, known_base
+from dori_utils.core.pictures import to_rgb
 
 # CPU: 32 testbed images (16 x 16 latents), or two of Stable Diffusion (64 x 64).
 LATENT_PIXELS_PER_CPU_BATCH = 8192
@@ -191,6 +192,61 @@ def encode_pixels(pipe, pixels):
 def encode_images(pipe, images):
     """Clean latents (N, C, H, W) float32 of N PIL images of any size, see `preprocess` and `encode_pixels`."""
     return torch.cat([encode_pixels(pipe, preprocess(pipe, image)) for image in images])
+
+
+def ddim(pipe, num_inference_steps):
+    """DDIM on the pipeline's noise schedule. Latents are not in [-1, 1], so the old default to clip them is off."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(num_inference_steps, device=pipe.unet.device)
+    return scheduler
+
+
+def denoising_loss(pipe, latents, prompt_embeds, noise, timesteps):
+    """The loss that the model was trained with, for each row (N,): mean square error of its prediction.
+
+    Args:
+        latents: clean ones (N, C, H, W), see `encode_images`.
+        prompt_embeds: (N, T, D).
+        noise: standard normal (N, C, H, W).
+        timesteps: (N,) integers below the scheduler's num_train_timesteps.
+
+    Raises:
+        ValueError: a model that predicts neither noise nor v.
+    """
+    noisy, wanted = noised(pipe, latents, noise, timesteps)
+    return (predict(pipe.unet, noisy, timesteps, prompt_embeds) - wanted).square().mean(dim=(1, 2, 3))
+
+
+def noised(pipe, latents, noise, timesteps):
+    """x_t (N, C, H, W), and what the model was trained to predict there, noise or v; arguments of `denoising_loss`."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"Only models are known that predict 'epsilon' or 'v_prediction', not {kind!r}.")
+    wanted = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    return scheduler.add_noise(latents, noise, timesteps), wanted
+
+
+def predict(unet, noisy, timesteps, prompt_embeds):
+    """What the U-Net predicts for x_t (N, C, H, W), in float32."""
+    dtype = unet.dtype
+    return unet(noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample.float()
+
+
+@contextmanager
+def gradient_checkpointing(unet, wanted):
+    before = unet.is_gradient_checkpointing
+    if wanted:
+        unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if wanted and not before:
+            unet.disable_gradient_checkpointing()
 
 
 def _embeddings(pipe, prompts, prompt_embeds, truncate):

@@ -1,9 +1,9 @@
 """The notebooks as a book: runs them from first to last. `make figures` calls this.
 
-    python -m dori_utils.book                                    # every notebook, two at a time
-    python -m dori_utils.book --kernels 1                        # one after another, in order
-    python -m dori_utils.book 01 03                              # two of them
-    python -m dori_utils.book 01 -p MODEL sd14 -p PRESET paper   # other values for the cell tagged `parameters`
+    python -m tools.book                                    # every notebook, two at a time
+    python -m tools.book --kernels 1                        # one after another, in order
+    python -m tools.book 01 03                              # two of them
+    python -m tools.book 01 -p MODEL sd14 -p PRESET paper   # other values for the cell tagged `parameters`
 
 The testbed's notebooks run two at a time, each on half of the cores. The U-Net gains little from that (of two cores a
 sixth on a Xeon, nothing on an AMD EPYC), but whatever has one thread anyway, loading, drawing, looking into the cache,
@@ -52,10 +52,16 @@ START_SECONDS = 600  # for a kernel to answer: the first one imports all of `PRE
 # Without tqdm's own guess: cells take between no time and half an hour.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
 PRELOADED = [
-    "dori_utils.book",  # which a fork imports once more, as its parent's main module
+    "tools.book",  # which a fork imports once more, as its parent's main module
     *("ipykernel.kernelapp", "matplotlib.pyplot", "pandas", "sklearn.manifold"),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
-    *("dori_utils.audit", "dori_utils.locality", "dori_utils.plots", "dori_utils.report", "dori_utils.widgets"),
+    *(
+        "dori_utils.evaluation",
+        "dori_utils.locality",
+        "dori_utils.plots",
+        "dori_utils.cli.report",
+        "dori_utils.widgets",
+    ),
 ]
 
 
@@ -290,7 +296,7 @@ def _count(text: str) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dori_utils.book", description="Runs the notebooks in order.")
+    parser = argparse.ArgumentParser(prog="python -m tools.book", description="Runs the notebooks in order.")
     parser.add_argument("notebooks", nargs="*", help="beginnings of their names, such as 01; by default all of them")
     values = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     parser.add_argument("-p", dest="parameters", **values, help="a value for the cells tagged `parameters`; repeatable")
