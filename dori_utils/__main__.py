@@ -231,12 +231,12 @@ def _targets(where, model, kinds):
 def _edits(pipe, options):
     """The name and `Edit` of each path, after the model as it is."""
     from dori_utils.cli.weights import edit_names, read_edit
-    from dori_utils.core.edits import hashed_once
+    from dori_utils.core.hashes import known
 
     names = edit_names(options.edit)
     if "original" in names:
         raise ValueError("Two mitigations are called 'original'. Rename one of the files or folders.")
-    with hashed_once(pipe):
+    with known(pipe):
         return {"original": None} | {
             name: read_edit(pipe, path) for name, path in zip(names, options.edit, strict=True)
         }

@@ -37,7 +37,9 @@ from dori_utils.core.diffusion import (
     gradient_checkpointing,
     latent_size,
 )
-from dori_utils.core.edits import applied_by_row, as_array, known_base, read_safetensors, write_safetensors
+from dori_utils.core.edits_by_row import applied_by_row
+from dori_utils.core.files import as_array, read_safetensors, write_safetensors
+from dori_utils.core.hashes import base_hash, known
 from dori_utils.core.targets import Target
 
 REPLAY = """import torch; from diffusers import StableDiffusionPipeline; from safetensors.torch import load_file
@@ -177,8 +179,8 @@ def attack(
         embeds = _starts(pipe, targets, config, generators) if starts is None else starts.detach().clone()
         embeds = embeds.to(pipe.unet.device, torch.float32)
         start = config.start if starts is None else "given"
-        with known_base(pipe) as base, gradient_checkpointing(pipe.unet, checkpointing):
-            cases = [_about(base, *case, start, config) for case in zip(targets, tried, edits, strict=True)]
+        with known(pipe), gradient_checkpointing(pipe.unet, checkpointing):
+            cases = [_about(base_hash(pipe), *case, start, config) for case in zip(targets, tried, edits, strict=True)]
             group = cases_together(len(targets), config, rows)
             parts = [slice(first, first + group) for first in range(0, len(targets), group)]
             desc = "DoRI" if config.restarts == 1 else f"DoRI, attempt {attempt + 1} of {config.restarts}"

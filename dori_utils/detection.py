@@ -6,7 +6,7 @@ A memorized prompt pulls every noise towards one picture. Each detector sees ano
   and Mitigating Memorization in Diffusion Models", ICLR 2024). Costs two U-Net evaluations a seed and step.
 * `first_step_similarity`: whether all seeds are pulled the same way in the first step (Hintersdorf et al., "Finding
   NeMo", NeurIPS 2024). One evaluation a seed.
-* `seed_diversity`: whether all seeds end as the same picture (D_SSCD). Whole generations.
+* `metrics.diversity`: whether all seeds end as the same picture (D_SSCD). Whole generations.
 
 Every detector returns one float32 score a prompt, and **higher always means more likely memorized**. `roc_auc` and
 `tpr_at_fpr` say how well scores separate memorized prompts from ordinary ones.
@@ -23,10 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dori_utils.core import metrics
 from dori_utils.core.bars import tqdm
 from dori_utils.core.diffusion import ddim, encode_prompts, initial_latents
-from dori_utils.core.sscd import load_sscd
 
 
 @torch.no_grad()
@@ -106,21 +104,6 @@ def first_step_similarity(
     maps = torch.cat([first_step_change(pipe, embeds, latents, t) for embeds, latents in batches])
     maps = maps.unflatten(0, (-1, len(seeds)))  # (N * S, C, H, W) → (N, S, C, H, W)
     return _scores(torch.stack([pairwise_similarity(prompt_maps, pairwise).max() for prompt_maps in maps]))
-
-
-def seed_diversity(images, *, transform, sscd=None, progress=True):
-    """D_SSCD of each prompt's generations: mean pairwise SSCD, high when all seeds give the same picture.
-
-    Args:
-        images: N lists of S >= 2 PIL images, as `generate` returns them.
-        transform: see `similarity.TRANSFORMS`.
-        sscd: an `SSCD`; default: `load_sscd()`.
-
-    Returns:
-        (N,) float32.
-    """
-    sscd = sscd or load_sscd()
-    return metrics.diversity(sscd.embed_rows(images, transform, progress=progress))
 
 
 def first_step_change(pipe, prompt_embeds, latents, t):

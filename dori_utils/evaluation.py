@@ -24,7 +24,8 @@ from dori_utils.adaptive import time_to_copy
 from dori_utils.attack import AttackConfig, Triggers, attack, cases_together
 from dori_utils.core.arguments import check_preset, listed
 from dori_utils.core.diffusion import count_evaluations, generate
-from dori_utils.core.edits import Edit, base_hash, check_fits, current_hash, exclusive, hashed_once
+from dori_utils.core.edits import Edit, check_fits
+from dori_utils.core.hashes import base_hash, current_hash, known
 from dori_utils.core.metrics import (
     bootstrap_interval,
     diversity,
@@ -185,7 +186,7 @@ def _timed_cases(pipe, cases: list[dict], compute, store) -> list[dict]:
         return [{**result, "seconds": seconds} for result in results]
 
     batch_size = max(1, 32 // len(cases[0]["seeds"]))
-    with exclusive(pipe):  # weights stay what the key says
+    with known(pipe):  # weights stay what the key says
         key = {"model": current_hash(pipe), **_beside_weights(pipe)}
         return store.map([case | key for case in cases], timed, batch_size=batch_size, desc=cases[0]["what"])
 
@@ -255,7 +256,7 @@ def audit(
     settings = (preset, store, sscd, clip, attack, starts, recorded)
     edits = edits or {"none": None}
     of_each = {name: edit_of_each(edit, targets, controls, name) for name, edit in edits.items()}
-    with hashed_once(pipe):
+    with known(pipe):
         check_fits(pipe, [edit for each in of_each.values() for edit in each or ()])
         for name, each in of_each.items():
             rows += _audited(pipe, everyone, name, each, *settings)
@@ -368,7 +369,7 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, incepti
     def embedded(each=None):  # (C, S, D)
         return cached_clip_embeddings(pipe, captions, preset.seeds, preset, store, clip, each)
 
-    with hashed_once(pipe):
+    with known(pipe):
         without = embedded()
         plain = np.einsum("csd,cd->c", without, texts) / len(preset.seeds)
         for name, edit in edits.items():
@@ -430,7 +431,7 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
 
     def compute(numbers: list[int]) -> list[dict]:
         embeds = {} if prompt_embeds is None else {"prompt_embeds": prompt_embeds[numbers]}
-        with exclusive(pipe):
+        with known(pipe):
             found = localize_each(pipe, [targets[i] for i in numbers], config=config, **embeds, **kwargs)
         return [edit.to_arrays() for edit in found]
 
@@ -457,7 +458,7 @@ def cached_statistics(pipe, captions, config, store) -> Statistics:
     about |= {"model": current_hash(pipe), **_beside_weights(pipe)}
 
     def compute() -> dict:
-        with exclusive(pipe):
+        with known(pipe):
             found = collect_statistics(pipe, captions, config)
         return {name: tensor.numpy() for name, tensor in found.tensors().items()} | {"tau": found.tau}
 

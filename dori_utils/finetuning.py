@@ -37,7 +37,8 @@ from dori_utils.core.diffusion import (
     gradient_checkpointing,
     preprocess,
 )
-from dori_utils.core.edits import Edit, known_base
+from dori_utils.core.edits import Edit
+from dori_utils.core.hashes import changing
 from dori_utils.core.training import Stage, fit, weights_in_training
 from dori_utils.evaluation import cached_embeddings, cached_generate
 
@@ -249,7 +250,7 @@ def _trainable(pipe, config):
 
     torch.manual_seed(config.seed)  # adapters begin at random
     layers = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_LAYERS)
-    with known_base(pipe) as base:
+    with changing(pipe, trained=True) as base:
         pipe.unet.add_adapter(layers)
 
         def changed(method, about, targets, unet=pipe.unet):

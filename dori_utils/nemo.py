@@ -34,7 +34,8 @@ import torch
 
 from dori_utils.core import hooks
 from dori_utils.core.diffusion import ddim, encode_prompts, initial_latents
-from dori_utils.core.edits import Edit, base_hash, union
+from dori_utils.core.edits import Edit, union
+from dori_utils.core.hashes import base_hash
 from dori_utils.detection import first_step_change, pairwise_similarity, rowwise_similarity
 
 ORDERS = ("ascending", "descending", "authors")  # in which refinement tries a layer's neurons, see `localize_each`

@@ -12,8 +12,7 @@ import torch
 
 from dori_utils.core.bars import tqdm
 from dori_utils.core.diffusion import encode_prompts
-from dori_utils.core.edits import base_hash
-from dori_utils.core.models import todays_hash
+from dori_utils.core.hashes import base_hash, todays_hash
 from dori_utils.detection import first_step_similarity
 from dori_utils.nemo import Config, activations, value_layers
 

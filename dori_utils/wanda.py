@@ -33,7 +33,8 @@ import torch
 from dori_utils.core import hooks
 from dori_utils.core.bars import tqdm
 from dori_utils.core.diffusion import denoise, encode_prompts, initial_latents
-from dori_utils.core.edits import Edit, base_hash
+from dori_utils.core.edits import Edit
+from dori_utils.core.hashes import base_hash
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from dori_utils.attack import AttackConfig, attack
 from dori_utils.core.diffusion import encode_prompts, generate
-from dori_utils.core.edits import known_base
+from dori_utils.core.hashes import known
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.evaluation import edit_of_each
 from dori_utils.plots import COPY, MITIGATIONS, SCORES, lighter
@@ -117,7 +117,7 @@ class LiveAttack:
     def _run(self, *case):
         try:
             self._on_update(self)
-            with known_base(self._copy):
+            with known(self._copy):
                 self._attack(*case)
         except Exception as error:  # a thread has nobody to raise it to
             self.error = error

@@ -10,7 +10,7 @@ from PIL import Image
 from dori_utils.attack import REPLAY, AttackConfig, Triggers, attack, cases_together
 from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts, generate
 from dori_utils.core.edits import Edit, applied
-from dori_utils.core.models import model_hash
+from dori_utils.core.hashes import model_hash
 from dori_utils.core.targets import Target
 
 CONFIG = AttackConfig(steps=3, batch_size=2)

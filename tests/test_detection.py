@@ -5,11 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from dori_utils.core.diffusion import encode_prompts, initial_latents
-from dori_utils.core.sscd import SSCD, SSCDTransform
 from dori_utils.detection import (
     first_step_change,
     first_step_similarity,
@@ -17,7 +15,6 @@ from dori_utils.detection import (
     pairwise_similarity,
     roc_auc,
     rowwise_similarity,
-    seed_diversity,
     tpr_at_fpr,
 )
 
@@ -332,19 +329,6 @@ def test_maps_that_cannot_be_compared_are_refused(maps, kind, message):
 
 
 # Seed diversity
-
-
-def test_seed_diversity_is_high_when_all_seeds_give_the_same_picture():
-    def colour_is_the_embedding(pixels):
-        return np.pad(pixels[:, 0, 0].astype(np.float32), ((0, 0), (0, 509)))
-
-    red, green, blue = (Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
-    settings = dict(transform=SSCDTransform(size=8), sscd=SSCD("colours", colour_is_the_embedding), **QUIET)
-    scores = seed_diversity([[red, red, red], [red, green, blue], [red, red, blue]], **settings)
-    assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, [1, 0, 1 / 3], atol=1e-6)
-    with pytest.raises(ValueError, match=r"\[2, 3\]"):
-        seed_diversity([[red] * 2, [red] * 3], **settings)
 
 
 # ROC

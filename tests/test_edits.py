@@ -11,8 +11,9 @@ from dori_utils import evaluation as audit
 from dori_utils.attack import Triggers
 from dori_utils.core import models
 from dori_utils.core.diffusion import encode_prompts, initial_latents
-from dori_utils.core.edits import Edit, applied, applied_by_row, base_hash, check_fits, iou, iou_by_layer, union
-from dori_utils.core.models import model_hash
+from dori_utils.core.edits import Edit, applied, check_fits, union
+from dori_utils.core.edits_by_row import applied_by_row
+from dori_utils.core.hashes import base_hash, model_hash
 from dori_utils.core.targets import Target
 from dori_utils.nemo_statistics import Statistics
 from dori_utils.presets import PRESETS
@@ -132,17 +133,6 @@ def test_a_damaged_file_and_one_that_is_no_edit_are_named(sd1, tmp_path):
         Edit.load(tmp_path / "nothing.safetensors")
 
 
-def test_iou_counts_common_weights_and_two_empty_sets_are_one(sd1):
-    a, b = rows_off(sd1, 0, 1, 2), rows_off(sd1, 2, 3)
-    assert iou(a, b) == 1 / 4 and iou(a, a) == 1
-    assert iou(rows_off(sd1), rows_off(sd1)) == 1 and iou(rows_off(sd1), a) == 0
-    a.masks[WEIGHTS] = torch.zeros_like(parameter(sd1, WEIGHTS), dtype=torch.bool)
-    assert iou_by_layer(a, b) == {ROWS: 1 / 4, WEIGHTS: 1}
-    single = Edit("Wanda", a.model, masks={ROWS: torch.zeros(parameter(sd1, ROWS).shape, dtype=torch.bool)})
-    single.masks[ROWS][0, :4] = True
-    assert iou(single, rows_off(sd1, 0)) == 4 / parameter(sd1, ROWS).shape[1]
-
-
 def test_union_zeroes_what_any_zeroes_for_all_targets(sd1):
     a, b = rows_off(sd1, 0, targets=("a",), config={"k": 1}), rows_off(sd1, 3, targets=("b", "a"), config={"k": 1})
     both = union([a, b])
@@ -156,7 +146,7 @@ def test_deltas_and_other_models_have_no_union(sd1, sd2):
     with pytest.raises(ValueError, match="nest"):
         union([rows_off(sd1, 0), delta])
     with pytest.raises(ValueError, match="different models"):
-        iou(rows_off(sd1, 0), rows_off(sd2, 0))
+        union([rows_off(sd1, 0), rows_off(sd2, 0)])
     with pytest.raises(ValueError, match="No edits"):
         union([])
 
@@ -334,7 +324,7 @@ def test_files_made_under_the_former_names_of_a_text_encoder_are_of_the_same_mod
     edit, todays = Edit("NeMo", former, masks=rows_off(sd1, 0).masks), rows_off(sd1, 1)
     with applied(sd1, edit), applied(sd1, edit):
         assert not parameter(sd1, ROWS)[0].any()
-    assert iou(edit, todays) == 0 and union([edit, todays]).masks[ROWS].sum() == 2
+    assert union([edit, todays]).masks[ROWS].sum() == 2
     layer = ROWS.removesuffix(".weight")
     layers = {layer: sd1.unet.get_submodule(layer)}
     mean = {layer: torch.zeros(len(parameter(sd1, ROWS)))}

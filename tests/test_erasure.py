@@ -10,7 +10,8 @@ from PIL import Image
 
 from dori_utils.core.diffusion import denoise, denoising_loss, encode_images, encode_prompts, generate, latent_size
 from dori_utils.core.edits import applied
-from dori_utils.core.models import load_pipeline, model_hash
+from dori_utils.core.hashes import model_hash
+from dori_utils.core.models import load_pipeline
 from dori_utils.core.sscd import load_sscd
 from dori_utils.core.targets import Target
 from dori_utils.core.training import weights_in_training

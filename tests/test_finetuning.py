@@ -12,7 +12,7 @@ from dori_utils import finetuning
 from dori_utils.attack import AttackConfig, attack
 from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts
 from dori_utils.core.edits import applied
-from dori_utils.core.models import model_hash
+from dori_utils.core.hashes import model_hash
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target

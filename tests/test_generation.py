@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from dori_utils.core import diffusion as generation
-from dori_utils.core import edits
+from dori_utils.core import hashes
 from dori_utils.core.diffusion import decode, denoise, encode_prompts, generate, initial_latents
 from dori_utils.core.edits import Edit, applied
-from dori_utils.core.models import model_hash
+from dori_utils.core.hashes import model_hash
 
 PROMPTS = ["a photo of a cat", "violin and grapes"]
 SAMPLING = dict(num_inference_steps=6, guidance_scale=7.5)
@@ -168,7 +168,7 @@ def test_images_of_one_batch_have_their_own_edits(pipe):
 
 def test_the_model_is_hashed_once_for_all_batches(sd1, monkeypatch):
     hashed = []
-    monkeypatch.setattr(edits, "model_hash", lambda pipe: hashed.append(pipe) or model_hash(pipe))
+    monkeypatch.setattr(hashes, "model_hash", lambda pipe: hashed.append(pipe) or model_hash(pipe))
     name = next(n for n, _ in sd1.unet.named_parameters() if n.endswith("attn2.to_v.weight"))
     edit = Edit("rows", model_hash(sd1), masks={name: torch.ones(1, 1, dtype=torch.bool)})
     generate(sd1, PROMPTS, seeds=[0, 1], edits=[edit, None], batch_size=1, **QUICK)

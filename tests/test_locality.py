@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from dori_utils import nemo, wanda
 from dori_utils.core.diffusion import encode_prompts, generate, initial_latents
 from dori_utils.core.edits import Edit, iou, iou_by_layer
+from dori_utils.core.hashes import model_hash
 from dori_utils.core.metrics import bootstrap_interval
-from dori_utils.core.models import model_hash
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target, load_targets

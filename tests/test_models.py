@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dori_utils.core import models
 from dori_utils.core.diffusion import encode_prompts
-from dori_utils.core.models import MODELS, TESTBED, load_pipeline, model_hash
+from dori_utils.core.hashes import model_hash
+from dori_utils.core.models import MODELS, TESTBED, load_pipeline
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"

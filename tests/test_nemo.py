@@ -15,7 +15,8 @@ from dori_utils import nemo, nemo_search
 from dori_utils.core import hooks
 from dori_utils.core.diffusion import encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied
-from dori_utils.core.models import load_pipeline, model_hash
+from dori_utils.core.hashes import model_hash
+from dori_utils.core.models import load_pipeline
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
 from dori_utils.detection import first_step_change, pairwise_similarity

@@ -16,7 +16,8 @@ from dori_utils import wanda
 from dori_utils.__main__ import PRESET_NAMES, PROMPT_LIST_NAMES, _parse, main
 from dori_utils.attack import AttackConfig, Triggers
 from dori_utils.cli.report import _words, conclusion, settings_table, verdicts, write_report
-from dori_utils.core.edits import Edit, base_hash
+from dori_utils.core.edits import Edit
+from dori_utils.core.hashes import base_hash
 from dori_utils.core.models import load_pipeline, load_unet
 from dori_utils.core.store import Store
 from dori_utils.core.targets import PROMPT_LISTS, read_targets

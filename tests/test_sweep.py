@@ -21,7 +21,8 @@ from dori_utils.__main__ import _parse, main
 from dori_utils.attack import AttackConfig
 from dori_utils.cli import sweep
 from dori_utils.cli.sweep import Plan, read_attacks, read_mitigations
-from dori_utils.core.edits import Edit, base_hash
+from dori_utils.core.edits import Edit
+from dori_utils.core.hashes import base_hash
 from dori_utils.core.store import Store
 from dori_utils.core.targets import read_targets
 from dori_utils.evaluation import audit

@@ -9,7 +9,8 @@ import torch
 from dori_utils import wanda
 from dori_utils.core.diffusion import denoise, encode_prompts, initial_latents
 from dori_utils.core.edits import applied
-from dori_utils.core.models import load_pipeline, model_hash
+from dori_utils.core.hashes import model_hash
+from dori_utils.core.models import load_pipeline
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
 from dori_utils.evaluation import cached_edits

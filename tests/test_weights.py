@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from dori_utils.cli.weights import edit_names, read_edit
 from dori_utils.core.edits import Edit, applied
-from dori_utils.core.models import load_pipeline, model_hash
+from dori_utils.core.hashes import model_hash
+from dori_utils.core.models import load_pipeline
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
 RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -162,10 +163,10 @@ def test_without_a_network_nothing_is_asked_of_one(sd1, tmp_path):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        script = "import sys; from dori_utils.core import models as m; m.load_pipeline(sys.argv[1], local_files_only=True)"
+        load = "from dori_utils.core.models import load_pipeline; load_pipeline(sys.argv[1], local_files_only=True)"
         online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
         online |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub")}
-        command = [sys.executable, "-c", script, str(tmp_path / "model.safetensors")]
+        command = [sys.executable, "-c", f"import sys; {load}", str(tmp_path / "model.safetensors")]
         done = subprocess.run(command, env=online, capture_output=True, text=True)
         server.shutdown()
     assert "Give as `base`" in done.stderr and asked == []

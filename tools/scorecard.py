@@ -44,7 +44,7 @@ from dori_utils.attack import AttackConfig, attack
 from dori_utils.cli import sweep
 from dori_utils.core import metrics, targets
 from dori_utils.core.diffusion import decode, denoise, encode_prompts, generate, initial_latents
-from dori_utils.core.edits import known_base
+from dori_utils.core.hashes import known
 from dori_utils.core.models import TESTBED, TWIN, load_pipeline
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store, default_store
@@ -389,7 +389,7 @@ def from_start(start: str):
 def attack_throughput():
     """Seconds of the attack on 16 targets one at a time over those on all together."""
     vm, config = load_targets("testbed", kind="VM")[:16], replace(ATTACK, steps=3, record=())
-    with known_base(pipe()):
+    with known(pipe()):
         together, one = paired_seconds(
             lambda: attack(pipe(), vm, config, progress=False),
             lambda: [attack(pipe(), [target], config, progress=False) for target in vm],
@@ -409,7 +409,7 @@ def attack_overhead():
             output = pipe().unet(noisy, timesteps, encoder_hidden_states=embeds).sample
             torch.autograd.grad(output.square().mean(), embeds)
 
-    with known_base(pipe()):
+    with known(pipe()):
         ours, passes = paired_seconds(lambda: attack(pipe(), vm, config, progress=False), bare)
     return ours / passes, f"{ours:.2f} s against {passes:.2f} s, {len(vm)} targets, {config.steps} steps"
 

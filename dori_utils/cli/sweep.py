@@ -35,7 +35,7 @@ from dori_utils.attack import AttackConfig
 from dori_utils.cli.report import settings_table, verdicts
 from dori_utils.cli.weights import edit_names, read_edit
 from dori_utils.core.bars import tqdm
-from dori_utils.core.edits import base_hash, hashed_once
+from dori_utils.core.hashes import base_hash, known
 from dori_utils.core.models import BUNDLED, MODELS, load_pipeline
 from dori_utils.core.sscd import SSCD, TRANSFORMS, load_sscd
 from dori_utils.core.store import Store
@@ -167,7 +167,7 @@ class Worker:
     def pipe(self):
         pipe = load_pipeline(self.plan.preset.model, base=self.plan.base)
         self._hashed = ExitStack()  # for good: hashing a large model takes seconds, and this one stays as it is
-        self._hashed.enter_context(hashed_once(pipe))
+        self._hashed.enter_context(known(pipe))
         return pipe
 
     @functools.cached_property

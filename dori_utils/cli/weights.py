@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from dori_utils.core import models
-from dori_utils.core.edits import Edit, check_fits, known_base
+from dori_utils.core.edits import Edit, check_fits
+from dori_utils.core.hashes import changing
 from dori_utils.core.models import PICKLED, differing_settings, first_line, first_three, load_unet, quiet
 
 PEFT = "base_model.model."  # what names begin with in peft's own files
@@ -296,7 +297,7 @@ def _lora(pipe, path, name):
             "(--model FOLDER). diffusers' fuse_lora adds the right ones only to layers without dora_scale, where all "
             "alphas are the same and a text encoder's attention is adapted with its out_proj."
         )
-    with quiet(), known_base(pipe) as base:
+    with quiet(), changing(pipe, trained=True) as base:
         state, magnitudes, about = _lora_of_unet(pipe, path)
         unet = copy.deepcopy(pipe.unet).float()  # a copy, since adapters leave traces
         try:

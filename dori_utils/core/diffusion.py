@@ -18,7 +18,8 @@ import torch
 
 from dori_utils.core.arguments import listed
 from dori_utils.core.bars import tqdm
-from dori_utils.core.edits import applied_by_row, exclusive, known_base
+from dori_utils.core.edits_by_row import applied_by_row
+from dori_utils.core.hashes import known
 from dori_utils.core.pictures import to_rgb
 
 # CPU: 32 testbed images (16 x 16 latents), or two of Stable Diffusion (64 x 64).
@@ -79,7 +80,7 @@ def generate(
 
     images = []
     bar = tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress)
-    with bar, known_base(pipe) if any(edits) else exclusive(pipe):
+    with bar, known(pipe):
         for batch in batches:
             rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
             with applied_by_row(pipe, [edits[row] for row in rows]):

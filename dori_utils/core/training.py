@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dori_utils.core.bars import tqdm
-from dori_utils.core.edits import Edit, known_base
+from dori_utils.core.edits import Edit
+from dori_utils.core.hashes import changing
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def weights_in_training(pipe, pattern: str = ""):
         )
     originals = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     gradients = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    with known_base(pipe) as base:
+    with changing(pipe, trained=True) as base:
 
         def changed(method, config, targets, unet=pipe.unet):
             now = dict(unet.named_parameters())
