@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dori_utils.attack import AttackConfig, attack
+from dori_utils.cached import cached_embeddings, cached_generate
 from dori_utils.core.diffusion import (
     denoising_loss,
     encode_images,
@@ -40,7 +41,6 @@ from dori_utils.core.diffusion import (
 from dori_utils.core.edits import Edit
 from dori_utils.core.hashes import changing
 from dori_utils.core.training import Stage, fit, weights_in_training
-from dori_utils.evaluation import cached_embeddings, cached_generate
 
 # Where adapters go, as in diffusers' and peft's examples for Stable Diffusion: all linear layers of the attention.
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")

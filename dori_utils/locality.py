@@ -24,11 +24,11 @@ import torch
 from scipy.spatial.distance import cdist
 
 from dori_utils.attack import AttackConfig
+from dori_utils.cached import cached_attack, cached_embeddings
 from dori_utils.core import hooks
 from dori_utils.core.bars import tqdm
 from dori_utils.core.diffusion import ddim, initial_latents
 from dori_utils.core.edits import Edit, check_comparable
-from dori_utils.evaluation import cached_attack, cached_embeddings
 from dori_utils.nemo import neurons
 
 # What the paper has for SD v1.4, layers 1 to 7: value layers and feed-forward layers of the down and middle blocks.

@@ -25,13 +25,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from dori_utils.cached import cached_statistics
 from dori_utils.core.metrics import INCEPTION, load_clip
 from dori_utils.core.models import BUNDLED, MODELS, TESTBED
 from dori_utils.core.pictures import open_picture
 from dori_utils.core.sscd import nearest
 from dori_utils.core.store import data_folder
 from dori_utils.core.targets import PROMPT_LISTS, first_empty_row, load_targets, read_pairs, read_table, read_targets
-from dori_utils.evaluation import cached_statistics
 from dori_utils.nemo_statistics import Statistics, published_statistics
 
 

@@ -6,8 +6,11 @@ where nobody published it, our choice and why.
 
 from dataclasses import dataclass, replace
 
-from dori_utils import adaptive, erasure, finetuning, locality, nemo, wanda
+from dori_utils import adaptive, finetuning, locality, nemo, wanda
 from dori_utils.attack import AttackConfig
+from dori_utils.erasure.concept_ablation import AblationConfig
+from dori_utils.erasure.esd import ESDConfig
+from dori_utils.erasure.siss import SISSConfig
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Preset:
     related_captions: int  # for each memorized prompt, captions that share an object with it
     surrogates: int  # what fine-tuning has each memorized prompt give instead
     finetuning: finetuning.Config
-    esd: erasure.ESDConfig
-    ablation: erasure.AblationConfig
-    siss: erasure.SISSConfig
+    esd: ESDConfig
+    ablation: AblationConfig
+    siss: SISSConfig
     adaptive: adaptive.Config
     surrogate_sscd: float = 0.5  # SSCD_Orig of a surrogate, at most: far below a copy's 0.7. Our choice
     searched_draws: int | None = None  # of each part of the testbed's training, in notebook 01; None: all
@@ -114,8 +117,8 @@ PRESETS = {
         ),
         # Erasure: learning rates by the rule of notebook 02, of 1e-5, 3e-5 and 1e-4 the least that brings MR under the
         # prompts to 0.25.
-        esd=erasure.ESDConfig(steps=100, batch_size=8, lr=1e-4, num_inference_steps=10),
-        ablation=erasure.AblationConfig(
+        esd=ESDConfig(steps=100, batch_size=8, lr=1e-4, num_inference_steps=10),
+        ablation=AblationConfig(
             steps=60,
             batch_size=16,
             lr=3e-5,
@@ -125,7 +128,7 @@ PRESETS = {
             guidance_scale=3.0,
             num_inference_steps=10,
         ),
-        siss=erasure.SISSConfig(scaling_norm=None, batch_size=8, first_timestep=0),
+        siss=SISSConfig(scaling_norm=None, batch_size=8, first_timestep=0),
         adaptive=adaptive.Config(
             attempts=(
                 AttackConfig(steps=500, batch_size=1),
@@ -176,11 +179,11 @@ PRESETS = {
         finetuning=finetuning.Config(
             epochs=2, recovery=1, batch_size=2, lr=1e-4, attack=AttackConfig(steps=1, batch_size=1)
         ),
-        esd=erasure.ESDConfig(steps=2, batch_size=2, num_inference_steps=2),
-        ablation=erasure.AblationConfig(
+        esd=ESDConfig(steps=2, batch_size=2, num_inference_steps=2),
+        ablation=AblationConfig(
             steps=2, batch_size=2, images=2, anchors=1, checked=1, threshold=1.0, num_inference_steps=2
         ),
-        siss=erasure.SISSConfig(steps=2, batch_size=2, scaling_norm=None, first_timestep=0),
+        siss=SISSConfig(steps=2, batch_size=2, scaling_norm=None, first_timestep=0),
         adaptive=adaptive.Config(
             attempts=(AttackConfig(steps=2, batch_size=1), AttackConfig(steps=2, batch_size=1, start="noise")),
             checks=(1, 2),
@@ -214,9 +217,9 @@ PRESETS = {
         related_captions=4,  # our choice: DoRI does not say how many
         surrogates=10,  # not published; our choice: as many as seeds
         finetuning=finetuning.Config(checkpointing=True),  # ours: a ninth of the memory, see estimate
-        esd=erasure.ESDConfig(),  # published numbers, as of the next two: see erasure
-        ablation=erasure.AblationConfig(),
-        siss=erasure.SISSConfig(),
+        esd=ESDConfig(),  # published numbers, as of the next two: see erasure
+        ablation=AblationConfig(),
+        siss=SISSConfig(),
         adaptive=adaptive.Config(),  # our choice: see adaptive
     ),
 }

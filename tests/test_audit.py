@@ -10,9 +10,10 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
-from dori_utils import evaluation as audit_module
+from dori_utils import cached as cached_module
 from dori_utils import wanda
 from dori_utils.attack import AttackConfig, attack
+from dori_utils.cached import cached_attack, cached_clip_embeddings, cached_edits, cached_embeddings, cached_generate
 from dori_utils.core.diffusion import encode_prompts, generate
 from dori_utils.core.edits import Edit, applied
 from dori_utils.core.hashes import model_hash
@@ -20,18 +21,7 @@ from dori_utils.core.metrics import InceptionDistances, clip_alignment, diversit
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
-from dori_utils.evaluation import (
-    audit,
-    cached_attack,
-    cached_clip_embeddings,
-    cached_edits,
-    cached_embeddings,
-    cached_generate,
-    detect,
-    ordinary_cost,
-    scores_by_target,
-    summarize,
-)
+from dori_utils.evaluation import audit, detect, ordinary_cost, scores_by_target, summarize
 from dori_utils.presets import PRESETS
 
 PRESET = dataclasses.replace(PRESETS["testbed"], num_inference_steps=2, seeds=(0, 1), detection_seeds=(0, 1, 2))
@@ -56,7 +46,7 @@ def test_cached_images_are_those_of_generate_and_are_made_once(tiny_testbed, sto
     expected = generate(tiny_testbed, ["a cat", "a dog"], seeds=(0, 1), **PRESET.sampling, progress=False)
     first = cached_generate(tiny_testbed, ["a cat", "a dog"], (0, 1), PRESET, store)
     asked = []
-    monkeypatch.setattr(audit_module, "generate", lambda pipe, p, **k: asked.append(p) or generate(pipe, p, **k))
+    monkeypatch.setattr(cached_module, "generate", lambda pipe, p, **k: asked.append(p) or generate(pipe, p, **k))
     again = cached_generate(tiny_testbed, ["a dog", "a cat"], (0, 1), PRESET, store)[::-1]
     for ours in (first, again):
         assert (np.array(ours) == np.array(expected)).all()
@@ -68,7 +58,7 @@ def test_deleting_one_case_recomputes_that_case_alone(tiny_testbed, store, monke
     one = sorted(store.folder.glob("*.npz"))[0]
     one.unlink()
     asked = []
-    monkeypatch.setattr(audit_module, "generate", lambda pipe, p, **k: asked.append(p) or generate(pipe, p, **k))
+    monkeypatch.setattr(cached_module, "generate", lambda pipe, p, **k: asked.append(p) or generate(pipe, p, **k))
     cached_generate(tiny_testbed, ["a cat", "a dog"], (0, 1), PRESET, store)
     assert len(asked) == 1 and len(asked[0]) == 1 and one.exists()
 
@@ -319,7 +309,7 @@ def test_an_audit_attacks_from_the_starts_given(tiny_testbed, store):
 def test_an_attack_is_made_once(tiny_testbed, store, monkeypatch):
     targets = make_targets(tiny_testbed)[:2]
     first = cached_attack(tiny_testbed, targets, ATTACK, store, progress=False)
-    monkeypatch.setattr(audit_module, "attack", None)  # would fail if it were called
+    monkeypatch.setattr(cached_module, "attack", None)  # would fail if it were called
     again = cached_attack(tiny_testbed, targets[::-1], ATTACK, store)[[1, 0]]
     assert torch.equal(first.prompt_embeds, again.prompt_embeds) and torch.equal(first.losses, again.losses)
     assert first.cases == again.cases and torch.equal(first.recorded[1], again.recorded[1])
@@ -353,7 +343,7 @@ def test_fid_and_kid_stand_beside_the_cost_where_inceptions_weights_are(tiny_tes
         asked.append((len(images), len(reference), weights))
         return InceptionDistances(10.0 + len(asked), 0.1, 0.01, len(images), len(reference))
 
-    monkeypatch.setattr(audit_module, "inception_distances", distances)
+    monkeypatch.setattr(cached_module, "inception_distances", distances)
     store, captions = Store(tmp_path), ["a cat", "a red dog", "the violin"]
     real = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
     given = (captions, real, PRESET, store, clip, {"original": None, "pruned": value_rows_off(tiny_testbed, 0.5)})

@@ -15,18 +15,9 @@ from dori_utils.core.models import load_pipeline
 from dori_utils.core.sscd import load_sscd
 from dori_utils.core.targets import Target
 from dori_utils.core.training import weights_in_training
-from dori_utils.erasure import (
-    AblationConfig,
-    ESDConfig,
-    SISSConfig,
-    concept_ablation,
-    esd,
-    guided_away,
-    importance_weights,
-    select_anchors,
-    siss,
-    subtracted,
-)
+from dori_utils.erasure.concept_ablation import AblationConfig, concept_ablation, select_anchors
+from dori_utils.erasure.esd import ESDConfig, esd, guided_away
+from dori_utils.erasure.siss import SISSConfig, importance_weights, siss, subtracted
 
 TARGETS = [
     Target("VM-0", "a cat on a red car", Image.new("RGB", (16, 16), "navy"), "VM"),

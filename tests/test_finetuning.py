@@ -10,6 +10,7 @@ from PIL import Image
 
 from dori_utils import finetuning
 from dori_utils.attack import AttackConfig, attack
+from dori_utils.cached import cached_generate
 from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts
 from dori_utils.core.edits import applied
 from dori_utils.core.hashes import model_hash
@@ -17,7 +18,6 @@ from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
 from dori_utils.core.training import weights_in_training
-from dori_utils.evaluation import cached_generate
 from dori_utils.finetuning import Config, Pairs, finetune
 from dori_utils.presets import PRESETS
 

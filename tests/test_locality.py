@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from dori_utils import nemo, wanda
+from dori_utils.cached import cached_edits
 from dori_utils.core.diffusion import encode_prompts, generate, initial_latents
 from dori_utils.core.edits import Edit, iou, iou_by_layer
 from dori_utils.core.hashes import model_hash
@@ -16,7 +17,6 @@ from dori_utils.core.metrics import bootstrap_interval
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target, load_targets
-from dori_utils.evaluation import cached_edits
 from dori_utils.locality import (
     PAPER,
     activation_discrepancy,

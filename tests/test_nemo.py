@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from dori_utils import nemo, nemo_search
+from dori_utils.cached import cached_edits
 from dori_utils.core import hooks
 from dori_utils.core.diffusion import encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied
@@ -20,7 +21,6 @@ from dori_utils.core.models import load_pipeline
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
 from dori_utils.detection import first_step_change, pairwise_similarity
-from dori_utils.evaluation import cached_edits
 from dori_utils.nemo_statistics import Statistics, collect_statistics, published_statistics
 
 CONFIG = nemo.Config(seeds=(0, 1, 2, 3), similarity="cosine", num_inference_steps=25)

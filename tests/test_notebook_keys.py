@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from dori_utils import wanda
+from dori_utils.core.cache import kept
 from dori_utils.core.edits import Edit
 from dori_utils.core.models import TESTBED, load_pipeline
 from dori_utils.core.sscd import SSCD
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
-from dori_utils.evaluation import kept
-from dori_utils.nemo import Statistics
+from dori_utils.nemo_statistics import Statistics
 
 
 def code_of(path) -> str:

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, features
 
-from dori_utils import evaluation as audit
 from dori_utils.core import metrics, targets
+from dori_utils.core.cache import key_of
 from dori_utils.core.diffusion import preprocess
 from dori_utils.core.pictures import open_picture, to_rgb
 from dori_utils.core.sscd import SSCDTransform
@@ -252,13 +252,13 @@ def test_the_model_the_attack_and_the_judge_see_the_same_of_an_image_of_any_mode
     assert close(Target("a", "a cat", image, "VM").image, np.asarray(plain), 0)
     assert np.array_equal(preprocess(sd1, image), preprocess(sd1, plain))
     assert np.array_equal(SSCDTransform(32)(image), SSCDTransform(32)(plain))
-    assert audit._data_hash(image) == audit._data_hash(plain)
+    assert key_of(image) == key_of(plain)
 
 
 def test_a_turned_or_transparent_image_is_the_same_case_and_the_same_pixels_for_everyone(sd1):
     for name in ("png turned 6", "png transparent and turned", "png of a palette, one entry transparent"):
         image = Image.open(io.BytesIO(FILES[name][0]))
-        assert audit._data_hash(image) == audit._data_hash(COLOR)
+        assert key_of(image) == key_of(COLOR)
         assert np.array_equal(preprocess(sd1, image), preprocess(sd1, COLOR))
         assert np.array_equal(SSCDTransform(32)(image), SSCDTransform(32)(COLOR))
 
@@ -283,7 +283,7 @@ def test_an_rgb_image_keeps_every_pixel_and_its_cases_keep_their_keys():
     pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     image = Image.fromarray(pixels)
     assert np.array_equal(to_rgb(image), pixels) and np.array_equal(to_rgb(to_rgb(image)), pixels)
-    assert audit._data_hash(image) == "bb796414c34af3d6a8764977f40b0e29"  # as before transparency and EXIF were read
+    assert key_of(image) == "bb796414c34af3d6a8764977f40b0e29"  # as before transparency and EXIF were read
 
 
 def test_what_is_upright_stays_so_when_it_is_seen_again():

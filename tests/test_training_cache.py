@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dori_utils import erasure, finetuning
+from dori_utils import finetuning
 from dori_utils.adaptive import Config, time_to_copy
 from dori_utils.attack import AttackConfig
+from dori_utils.cached import cached_training, cached_work
 from dori_utils.core.edits import Edit
 from dori_utils.core.sscd import load_sscd
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target, load_targets
-from dori_utils.evaluation import cached_training, cached_work
+from dori_utils.erasure.esd import ESDConfig, esd
 
 QUICK = finetuning.Config(epochs=2, batch_size=2, lr=1e-3, attack=AttackConfig(steps=1, batch_size=1))
 
@@ -99,8 +100,8 @@ def test_killed_training_goes_on_and_has_all_epochs(tiny_testbed, targets, store
 
 
 def test_a_method_without_epochs_gives_one_edit(tiny_testbed, targets, store):
-    config = erasure.ESDConfig(steps=1, num_inference_steps=2)
-    (edit,) = cached_training(erasure.esd, tiny_testbed, targets, config, store)
+    config = ESDConfig(steps=1, num_inference_steps=2)
+    (edit,) = cached_training(esd, tiny_testbed, targets, config, store)
     assert isinstance(edit, Edit) and edit.method == "ESD" and all("attn2" in name for name in edit.deltas)
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dori_utils import wanda
+from dori_utils.cached import cached_edits
 from dori_utils.core.diffusion import denoise, encode_prompts, initial_latents
 from dori_utils.core.edits import applied
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.models import load_pipeline
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
-from dori_utils.evaluation import cached_edits
 
 CONFIG = wanda.Config(sparsity=0.1, steps=3, num_inference_steps=6, guidance_scale=3.0, seeds=(0, 1))
 

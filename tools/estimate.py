@@ -17,7 +17,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from dori_utils.erasure import VARIANTS
+from dori_utils.erasure.esd import VARIANTS
 from dori_utils.nemo import value_layers
 
 # What is not named is diffusers' default. Each model's own unet/config.json has the same numbers.

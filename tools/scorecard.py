@@ -41,6 +41,7 @@ from PIL import Image
 
 from dori_utils import finetuning, nemo, wanda
 from dori_utils.attack import AttackConfig, attack
+from dori_utils.cached import cached_edits, cached_generate, cached_training
 from dori_utils.cli import sweep
 from dori_utils.core import metrics, targets
 from dori_utils.core.diffusion import decode, denoise, encode_prompts, generate, initial_latents
@@ -49,7 +50,7 @@ from dori_utils.core.models import TESTBED, TWIN, load_pipeline
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store, default_store
 from dori_utils.core.targets import load_targets
-from dori_utils.evaluation import audit, cached_edits, cached_generate, cached_training, ordinary_cost, scores_by_target
+from dori_utils.evaluation import audit, ordinary_cost, scores_by_target
 from dori_utils.nemo_statistics import Statistics
 from dori_utils.plots import FIGURES, figures_folder
 from dori_utils.presets import PRESETS

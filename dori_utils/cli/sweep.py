@@ -32,23 +32,17 @@ import torch
 
 from dori_utils import nemo, wanda
 from dori_utils.attack import AttackConfig
+from dori_utils.cached import cached_attack, cached_edits
 from dori_utils.cli.report import settings_table, verdicts
 from dori_utils.cli.weights import edit_names, read_edit
 from dori_utils.core.bars import tqdm
+from dori_utils.core.cache import beside_weights, key_of
 from dori_utils.core.hashes import base_hash, known
 from dori_utils.core.models import BUNDLED, MODELS, load_pipeline
 from dori_utils.core.sscd import SSCD, TRANSFORMS, load_sscd
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
-from dori_utils.evaluation import (
-    _beside_weights,
-    _config_of,
-    _data_hash,
-    audit,
-    cached_attack,
-    cached_edits,
-    provenance,
-)
+from dori_utils.evaluation import audit, provenance
 from dori_utils.nemo_statistics import Statistics, published_statistics
 from dori_utils.plots import csv_text
 from dori_utils.presets import Preset
@@ -145,7 +139,7 @@ class Plan:
         common |= {"what": "sweep", "seeds": preset.seeds, "transform": repr(TRANSFORMS[preset.sscd_transform])}
         common |= preset.sampling
         images = {target.id: target.image for target in (case.target for case in cases)}
-        images = {name: _data_hash(image) for name, image in images.items()}
+        images = {name: key_of(image) for name, image in images.items()}
         attacks = {name: attack and asdict(attack) for name, attack in self.attacks.items()}
         configs = []
         for case in cases:
@@ -185,7 +179,7 @@ class Worker:
         """What results depend on beside the case, JSON values; "made by" is for tables."""
         mitigations = {name: self._about(name, how) for name, how in self.plan.mitigations.items()}
         sscd = load_sscd()
-        about = {"model": base_hash(self.pipe), **_beside_weights(self.pipe), "sscd": sscd.name}
+        about = {"model": base_hash(self.pipe), **beside_weights(self.pipe), "sscd": sscd.name}
         return about | {"mitigations": mitigations, "made by": provenance(self.pipe, self.plan.preset, sscd)}
 
     def _about(self, name, how):
@@ -193,7 +187,7 @@ class Worker:
             return None
         if how not in PRUNING:
             return {"edit": self.edits[name].fingerprint()}
-        about = {"method": PRUNING[how], "config": _config_of(getattr(self.plan.preset, how))}
+        about = {"method": PRUNING[how], "config": asdict(getattr(self.plan.preset, how))}
         return about | ({"statistics": self.statistics.fingerprint()} if how == "nemo" else {})
 
     def compute(self, case, config) -> dict:

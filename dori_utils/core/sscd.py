@@ -81,6 +81,10 @@ class SSCD:
     model: Callable[[np.ndarray], np.ndarray]
     _seen: dict = field(default_factory=dict, repr=False)
 
+    @property
+    def fingerprint(self):
+        return self.name
+
     def embed(self, images, transform, *, batch_size=32, progress=True):
         """Embed N PIL images.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dori_utils.evaluation import cached_embeddings
+from dori_utils.cached import cached_embeddings
 from dori_utils.testbed.data import num_variants, planned, template_variant
 
 

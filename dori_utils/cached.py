@@ -1,0 +1,274 @@
+"""Cached: what takes long, from the store or computed now: images and their features, triggers, edits, trainings.
+
+Each function has the arguments of what it keeps, and a case of the store for each prompt or target, so that every
+notebook that asks for the same ones gets them from disk.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock
+from PIL import Image
+
+from dori_utils.adaptive import time_to_copy
+from dori_utils.attack import Triggers, attack, cases_together
+from dori_utils.core.cache import kept, kept_each, key_of
+from dori_utils.core.diffusion import generate
+from dori_utils.core.edits import Edit
+from dori_utils.core.hashes import base_hash, known
+from dori_utils.core.metrics import inception_distances
+from dori_utils.core.sscd import TRANSFORMS
+from dori_utils.core.store import canonical_json
+from dori_utils.nemo_statistics import Statistics, collect_statistics
+
+
+def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[list[Image.Image]]:
+    """`generate` with the preset's sampling.
+
+    Args:
+        edits: None, or one `Edit` or None for each prompt.
+        prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
+
+    Returns:
+        One list of images for each prompt, one image for each seed.
+    """
+    cases = generated(pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+    return [[Image.fromarray(pixels) for pixels in case["images"]] for case in cases]
+
+
+def generated(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[dict]:
+    """The same as arrays: {"images": (S, height, width, 3) uint8, "seconds"} of each prompt."""
+
+    def compute(chosen: list[int]) -> list[dict]:
+        given = _given(chosen, prompts, edits, prompt_embeds)
+        texts = given.pop("prompts")
+        texts = texts if prompt_embeds is None else None
+        images = generate(pipe, texts, seeds=seeds, **given, **preset.sampling, progress=False)
+        return [{"images": np.stack([np.asarray(image) for image in row])} for row in images]
+
+    return _of_prompts("generate", compute, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+
+
+def cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits=None, prompt_embeds=None) -> np.ndarray:
+    """SSCD features (N, S, D) of what `cached_generate` gives for the same arguments."""
+    judge = {"sscd": sscd, "transform": TRANSFORMS[preset.sscd_transform]}
+
+    def embed(images):
+        return sscd.embed_rows(images, transform=preset.sscd_transform, progress=False)
+
+    return _features("SSCD", judge, embed, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+
+
+def cached_clip_embeddings(pipe, prompts, seeds, preset, store, clip, edits=None, prompt_embeds=None) -> np.ndarray:
+    """CLIP's features (N, S, D) of the same images."""
+    judge = {"clip": clip}
+    return _features("CLIP", judge, clip.embed_rows, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+
+
+def _features(what, judge, embed_rows, pipe, prompts, seeds, preset, store, edits, prompt_embeds) -> np.ndarray:
+    def compute(chosen: list[int]) -> list[dict]:
+        given = _given(chosen, prompts, edits, prompt_embeds)
+        images = cached_generate(pipe, seeds=seeds, preset=preset, store=store, **given)
+        return [{"features": row} for row in embed_rows(images)]
+
+    results = _of_prompts(what, compute, pipe, prompts, seeds, preset, store, edits, prompt_embeds, **judge)
+    return np.stack([result["features"] for result in results])
+
+
+def _given(chosen, prompts, edits, prompt_embeds) -> dict:
+    """Of some prompts what `generate` takes."""
+    return {
+        "prompts": [prompts[i] for i in chosen],
+        "edits": edits and [edits[i] for i in chosen],
+        "prompt_embeds": None if prompt_embeds is None else prompt_embeds[chosen],
+    }
+
+
+def _of_prompts(what, compute, pipe, prompts, seeds, preset, store, edits, prompt_embeds, **judge) -> list[dict]:
+    if not prompts:
+        raise ValueError("No prompts: give at least one.")
+    cases = [{"prompt": prompt} for prompt in prompts]
+    for name, values in (("edit", edits), ("embedding", prompt_embeds)):
+        if values is not None:
+            cases = [case | {name: value} for case, value in zip(cases, values, strict=True)]
+    sampling = preset.sampling | {"seeds": list(seeds)}
+    return timed_cases(store, what, cases, compute, pipe, sampling=sampling, **judge)
+
+
+def timed_cases(store, what, cases, compute: Callable, pipe, sampling: dict, **shared) -> list[dict]:
+    """`kept_each` in batches of 32 images; `seconds` of a result is its share of its batch's time."""
+
+    def timed(chosen: list[int]) -> list[dict]:
+        start = time.perf_counter()
+        results = compute(chosen)
+        seconds = (time.perf_counter() - start) / len(chosen)
+        return [{**result, "seconds": seconds} for result in results]
+
+    batch_size = max(1, 32 // len(sampling["seeds"]))
+    with known(pipe):  # weights stay what the key says
+        shared |= {"pipe": pipe, "sampling": sampling}
+        return kept_each(store, what, cases, timed, batch_size=batch_size, progress=True, **shared)
+
+
+def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=None, *, rows=96, **kwargs) -> Triggers:
+    """`attack`, one case of it a case of the store.
+
+    Args:
+        targets, config, edits, starts, seeds, rows: as `attack` takes them; edits None or one for each.
+        kwargs: what else it takes and its result does not depend on: progress, checkpointing, callback.
+    """
+    edits = list(edits) if edits else [None] * len(targets)
+    seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
+    cases = [
+        {"target": target.id, "prompt": target.prompt, "image": target.image, "edit": edit, "seed": seed}
+        for target, edit, seed in zip(targets, edits, seeds, strict=True)
+    ]
+    if starts is not None:
+        cases = [case | {"start": start} for case, start in zip(cases, starts, strict=True)]
+
+    def compute(chosen: list[int]) -> list[dict]:
+        own = {"edits": [edits[i] for i in chosen], "seeds": [seeds[i] for i in chosen]}
+        own["starts"] = None if starts is None else starts[chosen]
+        found = attack(pipe, [targets[i] for i in chosen], config, rows=rows, **own, **kwargs)
+        return [_trigger_arrays(found[[i]]) for i in range(len(found))]
+
+    together = cases_together(len(cases), config, rows)
+    results = kept_each(store, "DoRI", cases, compute, batch_size=together, pipe=pipe, config=config)
+    return Triggers(
+        torch.stack([torch.from_numpy(result["prompt_embeds"]) for result in results]),
+        torch.stack([torch.from_numpy(result["losses"]) for result in results]),
+        [json.loads(str(result["about"])) for result in results],
+        {s: torch.stack([torch.from_numpy(r[f"recorded {s}"]) for r in results]) for s in sorted(config.record)},
+    )
+
+
+def _trigger_arrays(found: Triggers) -> dict:
+    recorded = {f"recorded {step}": embeds[0].numpy() for step, embeds in found.recorded.items()}
+    about = np.array(json.dumps(found.cases[0]))
+    return {
+        "prompt_embeds": found.prompt_embeds[0].numpy(),
+        "losses": found.losses[0].numpy(),
+        "about": about,
+        **recorded,
+    }
+
+
+COUNTS = ("statistics", "order", "authors")  # of the options of `localize_each`
+
+
+def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None, **kwargs) -> list[Edit]:
+    """`localize_each` of nemo or wanda, one target a case of the store.
+
+    Args:
+        localize_each: the function, called as localize_each(pipe, targets, config=config, **kwargs).
+        prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
+        kwargs: what else it takes; `statistics`, nemo's `order` and wanda's `authors` count for the case.
+    """
+    method = localize_each.__module__.rpartition(".")[2]
+    cases = [{"target": target.id, "prompt": target.prompt} for target in targets]
+    if prompt_embeds is not None:
+        cases = [case | {"embedding": embeds} for case, embeds in zip(cases, prompt_embeds, strict=True)]
+
+    def compute(chosen: list[int]) -> list[dict]:
+        embeds = {} if prompt_embeds is None else {"prompt_embeds": prompt_embeds[chosen]}
+        with known(pipe):
+            found = localize_each(pipe, [targets[i] for i in chosen], config=config, **embeds, **kwargs)
+        return [edit.to_arrays() for edit in found]
+
+    shared = {"pipe": pipe, "config": config} | {name: kwargs[name] for name in COUNTS if name in kwargs}
+    results = kept_each(store, method, cases, compute, batch_size=64, **shared)
+    return [Edit.from_arrays(arrays) for arrays in results]
+
+
+def cached_statistics(pipe, captions, config, store) -> Statistics:
+    """`nemo_statistics.collect_statistics` of ordinary captions, from the store."""
+
+    def compute(pipe, captions, config) -> dict:
+        with known(pipe):
+            found = collect_statistics(pipe, captions, config)
+        return {name: tensor.numpy() for name, tensor in found.tensors().items()} | {"tau": found.tau}
+
+    found = kept(store, "NeMo's statistics", compute, pipe=pipe, captions=list(captions), config=config)
+    tau = float(found.pop("tau"))
+    tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+    return Statistics.from_tensors(tensors, tau, base_hash(pipe), config.similarity)
+
+
+def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
+    """An edit by a mitigation that trains, such as `finetuning.finetune`, from the store; interrupted, it goes on.
+
+    Args:
+        train: called as train(pipe, targets, config=config, work=folder, callback=function, **data).
+        data: what else it takes, such as surrogates and ordinary images; counts for the case. Of a sequence that is not
+            a list, and so may draw its items when asked for, only its length, first and last item do.
+
+    Returns:
+        The edits after each epoch, and one more after recovery, the last one being the result; a single one from a
+        function without epochs.
+    """
+    key = key_of({"what": train.__name__, "config": config, "pipe": pipe, "targets": list(targets), "data": data})
+    epochs = range(1, getattr(config, "epochs", 1) + bool(getattr(config, "recovery", 0)) + 1)
+    work = store.folder / "training" / hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32]
+
+    def keep(found: dict) -> None:
+        if "epoch" in found:
+            found["edit"].save(work / f"epoch {found['epoch']}.safetensors")
+
+    def compute(chosen: list[dict]) -> list[dict]:
+        work.mkdir(parents=True, exist_ok=True)
+        last = train(pipe, targets, config=config, work=work, callback=keep, **data)
+        last.save(work / f"epoch {epochs[-1]}.safetensors")
+        return [Edit.load(work / f"epoch {case['epoch']}.safetensors").to_arrays() for case in chosen]
+
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(store.folder / f".{work.name}.lock"):  # two notebooks may want the same at once: one trains
+        results = store.map([key | {"epoch": epoch} for epoch in epochs], compute, len(epochs), progress=False)
+        shutil.rmtree(work, ignore_errors=True)  # checkpoint and copies: the edits are in the store now
+    return [Edit.from_arrays(arrays) for arrays in results]
+
+
+def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd.DataFrame:
+    """`adaptive.time_to_copy`, one target a case of the store.
+
+    Args:
+        config: an `adaptive.Config`.
+        edits: None, or one `Edit` or None for each target.
+
+    Returns:
+        A row for each target: target, work, copied, attempt, steps, sscd.
+    """
+    edits = list(edits) if edits else [None] * len(targets)
+    cases = [
+        {"target": target.id, "prompt": target.prompt, "image": target.image, "edit": edit}
+        for target, edit in zip(targets, edits, strict=True)
+    ]
+
+    def compute(chosen: list[int]) -> list[dict]:
+        own = [edits[i] for i in chosen]
+        return time_to_copy(pipe, [targets[i] for i in chosen], config, sscd, transform, edits=own)
+
+    shared = {"pipe": pipe, "config": config, "sscd": sscd, "transform": TRANSFORMS[transform]}
+    results = kept_each(store, "adaptive attack", cases, compute, batch_size=32, **shared)
+    table = pd.DataFrame([{name: value.item() for name, value in result.items()} for result in results])
+    return table.assign(target=[target.id for target in targets])
+
+
+def cached_distances(pipe, captions, reference, preset, store, edits, weights) -> dict:
+    """`inception_distances` of what `cached_generate` gives for these captions, to reference pictures."""
+    edits = edits or [None] * len(captions)
+
+    def compute(**given) -> dict:
+        images = cached_generate(pipe, captions, preset.seeds, preset, store, edits)
+        return asdict(inception_distances([image for row in images for image in row], reference, weights))
+
+    inputs = {"captions": captions, "edits": edits, "reference": reference, "weights": Path(weights).name}
+    inputs |= {"pipe": pipe, "sampling": preset.sampling, "seeds": list(preset.seeds)}
+    return {name: value.item() for name, value in kept(store, "FID and KID", compute, **inputs).items()}
