@@ -31,19 +31,6 @@ from dori_utils.core.diffusion import ddim, initial_latents
 from dori_utils.core.edits import Edit, check_comparable
 from dori_utils.nemo import neurons
 
-# What the paper has for SD v1.4, layers 1 to 7: value layers and feed-forward layers of the down and middle blocks.
-# Y_adv: 100 triggers of one image; Y_mem: 100 memorized prompts. Activations: mean pairwise L2. Weights: IoU.
-PAPER = {
-    ("activations", "NeMo", "Y_mem"): (106, 72, 164, 129, 299, 303, 405),
-    ("activations", "NeMo", "Y_adv"): (153, 110, 224, 184, 396, 409, 517),
-    ("activations", "Wanda", "Y_mem"): (184, 259, 252, 202, 262, 263, 454),
-    ("activations", "Wanda", "Y_adv"): (217, 199, 217, 151, 176, 154, 259),
-    ("weights", "NeMo", "Y_mem"): (0.579, 1.0, 0.814, 0.920, 0.944, 0.977, 0.986),
-    ("weights", "NeMo", "Y_adv"): (0.571, 1.0, 0.778, 0.905, 0.977, 0.998, 0.999),
-    ("weights", "Wanda", "Y_mem"): (0.435, 0.655, 0.420, 0.687, 0.384, 0.149, 0.070),
-    ("weights", "Wanda", "Y_adv"): (0.569, 0.804, 0.581, 0.742, 0.541, 0.341, 0.256),
-}
-
 MAPS = {"umap": 4, "tsne": 2, "pca": 2}  # methods of `embedding_map`, and how many embeddings each needs
 
 
