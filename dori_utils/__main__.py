@@ -15,7 +15,7 @@ from pathlib import Path
 
 # What takes seconds to import is imported where it is used: `--help` and a mistyped option are answered at once.
 PRESET_NAMES = ("paper", "smoke", "testbed")  # of presets.PRESETS
-PROMPT_LIST_NAMES = ("sd14",)  # of targets.PROMPT_LISTS
+PROMPT_LIST_NAMES = ("sd14",)  # of prompt_lists.PROMPT_LISTS
 
 EXAMPLES = {
     "audit": """examples:
@@ -193,7 +193,7 @@ def _sweep(options):
 
 def _asked(options):
     """Preset, targets and controls of either command."""
-    from dori_utils.core.models import BUNDLED
+    from dori_utils.core.hub import BUNDLED
     from dori_utils.presets import PRESETS
 
     for name in ("seeds", "limit", "steps", "restarts", "workers"):
@@ -212,8 +212,9 @@ def _asked(options):
 
 def _targets(where, model, kinds):
     """Targets with an image: of a table, of a folder of pictures or of `download`, or the testbed's."""
-    from dori_utils.core.models import BUNDLED
-    from dori_utils.core.targets import PROMPT_LISTS, load_targets, read_targets
+    from dori_utils.core.hub import BUNDLED
+    from dori_utils.core.prompt_lists import PROMPT_LISTS
+    from dori_utils.core.targets import load_targets, read_targets
 
     if where is None:
         return load_targets(model if model in BUNDLED else "testbed", kind=kinds[0])
@@ -243,8 +244,8 @@ def _edits(pipe, options):
 
 
 def _download(options):
+    from dori_utils.core.prompt_lists import download_targets
     from dori_utils.core.store import data_folder
-    from dori_utils.core.targets import download_targets
 
     folder = options.folder or data_folder() / options.name
     dead = download_targets(options.name, folder)

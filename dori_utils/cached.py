@@ -19,14 +19,15 @@ from filelock import FileLock
 from PIL import Image
 
 from dori_utils.adaptive import time_to_copy
-from dori_utils.attack import Triggers, attack, cases_together
+from dori_utils.attack import attack, cases_together
 from dori_utils.core.cache import kept, kept_each, key_of
-from dori_utils.core.diffusion import generate
 from dori_utils.core.edits import Edit
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import base_hash, known
-from dori_utils.core.metrics import inception_distances
+from dori_utils.core.inception import inception_distances
 from dori_utils.core.sscd import TRANSFORMS
 from dori_utils.core.store import canonical_json
+from dori_utils.core.triggers import Triggers
 from dori_utils.nemo_statistics import Statistics, collect_statistics
 
 

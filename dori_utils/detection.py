@@ -18,13 +18,11 @@ tells. So both detectors that look at the U-Net's answer take the part of it in 
 Shapes: N prompts, S seeds, B of their cases in one batch; latents (B, C, H, W); embeddings (B, T, D).
 """
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
 from dori_utils.core.bars import tqdm
 from dori_utils.core.diffusion import ddim, encode_prompts, initial_latents
+from dori_utils.core.map_similarity import pairwise_similarity
 
 
 @torch.no_grad()
@@ -135,105 +133,6 @@ def first_step_change(pipe, prompt_embeds, latents, t):
     return (delta - low) / torch.where(high == low, 1, high - low)
 
 
-def pairwise_similarity(maps, kind):
-    """Similarity of all S (S - 1) / 2 pairs among S maps with values in [0, 1].
-
-    Args:
-        maps: (S, C, H, W).
-        kind: a name in `PAIRWISE`:
-
-            * "ms_ssim", as NeMo's code has it: kernel 11, three scales, exponents .33, and no range of the values, so
-              that torchmetrics takes it from all pairs of the call, at each scale anew. For latents of at least 44 px.
-            * "ms_ssim_unit", ours: the same with the range 1, which the maps have, and exponents 1/3.
-            * "ssim" on the one scale that there is, with the range 1, for latents of at least 11 px.
-            * "cosine" of the maps with the mean of each channel removed (a correlation: without that, all maps in
-              [0, 1] are alike), for any size.
-
-    Returns:
-        (pairs,), in the order of `torch.combinations`. Two maps of zeros, as `first_step_change` gives where
-        nothing changes, are 0 in "cosine" and "ms_ssim": they show nothing that could be memorized (and in "ms_ssim",
-        whose formula is 0 / 0 there, so are any two flat maps). The other kinds are as their formula.
-
-    Raises:
-        ValueError: unknown kind, fewer than two maps, or maps too small for the kind.
-    """
-    if len(maps) < 2:
-        raise ValueError("Pairwise similarity needs at least two seeds.")
-    first, second = torch.combinations(torch.arange(len(maps), device=maps.device)).T
-    return _compare(kind, maps)(maps[first], maps[second])
-
-
-def rowwise_similarity(maps, others, kind):
-    """Similarity (B,) of each of the maps (B, C, H, W) to the other at its place; `kind` as in `pairwise_similarity`.
-
-    A row does not depend on the rows beside it. That is so in every kind but "ms_ssim", whose range is of all rows of a
-    call: here each row is a call of its own. NeMo's code has all counted seeds in one call, which makes scores higher
-    by up to 0.003 on maps of noise, and by less than 0.001 on smooth ones, as memorized images have.
-    """
-    compare = _compare(kind, maps)
-    if kind != "ms_ssim":
-        return compare(maps, others)
-    return torch.cat([compare(*row) for row in zip(maps.split(1), others.split(1), strict=True)])
-
-
-def _compare(kind, maps):
-    if kind not in PAIRWISE:
-        raise ValueError(f"No pairwise similarity {kind!r}; there is {', '.join(PAIRWISE)}.")
-    smallest, compare = PAIRWISE[kind]
-    if min(maps.shape[-2:]) < smallest:
-        raise ValueError(f"{kind!r} needs latents of at least {smallest} px, these have {tuple(maps.shape[-2:])}.")
-    return compare
-
-
-@dataclass(frozen=True)
-class AUC:
-    """Area under the ROC curve with its 95% interval, and how many prompts it is from."""
-
-    auc: float
-    low: float
-    high: float
-    positives: int
-    negatives: int
-
-
-def roc_auc(scores_pos, scores_neg, *, resamples=2000, seed=0):
-    """AUC: the chance that a memorized prompt scores above an ordinary one, with a 95% interval over prompts.
-
-    The interval is the percentile bootstrap's, both groups resampled. Where the groups do not overlap at all the
-    bootstrap is [1, 1], whatever the number of prompts; there Newcombe's score interval takes over.
-
-    Args:
-        scores_pos: (P,) scores of memorized prompts.
-        scores_neg: (M,) scores of ordinary prompts.
-
-    Raises:
-        ValueError: no scores in a group, or NaN.
-    """
-    pos, neg, labels = _labelled(scores_pos, scores_neg)
-    from sklearn.metrics import roc_auc_score
-
-    auc = float(roc_auc_score(labels, np.concatenate([pos, neg])))
-    wins = (pos[:, None] > neg) + 0.5 * (pos[:, None] == neg)  # (P, M): AUC is its mean (Mann and Whitney)
-    rng = np.random.default_rng(seed)
-    drawn_pos, drawn_neg = (rng.multinomial(n, np.full(n, 1 / n), resamples) / n for n in wins.shape)
-    low, high = np.quantile(np.einsum("rp,pm,rm->r", drawn_pos, wins, drawn_neg, optimize=True), [0.025, 0.975])
-    if auc in (0.0, 1.0):
-        low, high = _separated_interval(auc, len(pos), len(neg))
-    return AUC(auc, float(low), float(high), len(pos), len(neg))
-
-
-def tpr_at_fpr(scores_pos, scores_neg, max_fpr=0.01):
-    """Share of memorized prompts found when at most `max_fpr` of the ordinary ones are flagged (0.01 or 0.05).
-
-    With M ordinary prompts the false-positive rate moves in steps of 1 / M: below that, 0.01 means not one false alarm.
-    """
-    pos, neg, labels = _labelled(scores_pos, scores_neg)
-    from sklearn.metrics import roc_curve
-
-    fpr, tpr, _ = roc_curve(labels, np.concatenate([pos, neg]), drop_intermediate=False)
-    return float(tpr[fpr <= max_fpr].max())
-
-
 def _batches(pipe, prompts, seeds, batch_size, desc, progress):
     """Yields embeddings (B, T, D) and initial noise (B, C, H, W) of the cases prompts x seeds, with a bar."""
     embeds, noise = encode_prompts(pipe, prompts), initial_latents(pipe, seeds)
@@ -256,57 +155,3 @@ def _scores(values):
         bad = (~values.isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"NaN or infinity in the scores of prompts {bad}. Check the weights; try float32.")
     return values.float().cpu().numpy()
-
-
-def _cosine(a, b):
-    a, b = (x - x.mean((2, 3), keepdim=True) for x in (a, b))
-    return torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1))
-
-
-def _ssim(a, b):
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    return ssim(a, b, data_range=1.0, reduction="none")
-
-
-def _ms_ssim(a, b):
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
-
-    flat = ((a.amax((1, 2, 3)) == a.amin((1, 2, 3))) & (b.amax((1, 2, 3)) == b.amin((1, 2, 3)))).nonzero().flatten()
-    if len(flat) == len(a):
-        return 0 * a.sum((1, 2, 3))  # their range is 0: torchmetrics says 1, 0 or NaN, as its rounding falls
-    return ms_ssim(a, b, kernel_size=11, betas=(0.33, 0.33, 0.33), reduction="none").index_fill(0, flat, 0)
-
-
-def _ms_ssim_unit(a, b):
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
-
-    return ms_ssim(a, b, data_range=1.0, kernel_size=11, betas=(1 / 3, 1 / 3, 1 / 3), reduction="none")
-
-
-# Name → smallest side, function of maps (B, C, H, W) and others. MS-SSIM: a quarter of the side must be over ten.
-PAIRWISE = {"ssim": (11, _ssim), "ms_ssim": (44, _ms_ssim), "ms_ssim_unit": (44, _ms_ssim_unit), "cosine": (1, _cosine)}
-
-
-def _labelled(scores_pos, scores_neg):
-    pos, neg = (np.asarray(scores, dtype=np.float64).ravel() for scores in (scores_pos, scores_neg))
-    if not len(pos) or not len(neg) or np.isnan(pos).any() or np.isnan(neg).any():
-        raise ValueError("A ROC curve needs scores of at least one memorized and one ordinary prompt, and no NaN.")
-    return pos, neg, np.repeat([1, 0], [len(pos), len(neg)])
-
-
-def _separated_interval(auc, positives, negatives, z=1.959964):
-    """Interval of an AUC of exactly 0 or 1: all values whose own standard error puts them within z of it.
-
-    Source: Newcombe (2006), method 5, with Hanley and McNeil's variance.
-    """
-    from scipy.optimize import brentq
-
-    extra = (positives + negatives) / 2 - 1
-
-    def excess(theta):
-        spread = 1 + extra * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return (1 - theta) - z**2 * theta * spread / (positives * negatives)  # squared, divided by (1 - theta)
-
-    low = brentq(excess, 0, 1)
-    return (low, 1.0) if auc == 1 else (0.0, 1 - low)

@@ -26,12 +26,15 @@ import pandas as pd
 from PIL import Image
 
 from dori_utils.cached import cached_statistics
-from dori_utils.core.metrics import INCEPTION, load_clip
-from dori_utils.core.models import BUNDLED, MODELS, TESTBED
+from dori_utils.core.clip import load_clip
+from dori_utils.core.hub import BUNDLED, MODELS, TESTBED
+from dori_utils.core.inception import INCEPTION
 from dori_utils.core.pictures import open_picture
+from dori_utils.core.prompt_lists import PROMPT_LISTS
 from dori_utils.core.sscd import nearest
 from dori_utils.core.store import data_folder
-from dori_utils.core.targets import PROMPT_LISTS, first_empty_row, load_targets, read_pairs, read_table, read_targets
+from dori_utils.core.tables import first_empty_row, read_pairs, read_table
+from dori_utils.core.targets import load_targets, read_targets
 from dori_utils.nemo_statistics import Statistics, published_statistics
 
 

@@ -36,7 +36,8 @@ from dori_utils.core import hooks
 from dori_utils.core.diffusion import ddim, encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, union
 from dori_utils.core.hashes import base_hash
-from dori_utils.detection import first_step_change, pairwise_similarity, rowwise_similarity
+from dori_utils.core.map_similarity import pairwise_similarity, rowwise_similarity
+from dori_utils.detection import first_step_change
 
 ORDERS = ("ascending", "descending", "authors")  # in which refinement tries a layer's neurons, see `localize_each`
 

@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from dori_utils.attack import AttackConfig, attack
-from dori_utils.core.diffusion import encode_prompts, generate
+from dori_utils.core.diffusion import encode_prompts
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import known
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.evaluation import edit_of_each

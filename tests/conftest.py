@@ -80,7 +80,7 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clip(clip_folder):
     """A tiny `CLIPModel` with the preprocessing of the testbed's."""
-    from dori_utils.core.metrics import load_clip
+    from dori_utils.core.clip import load_clip
 
     return load_clip(clip_folder, device="cpu")
 

@@ -10,8 +10,9 @@ import torch
 from dori_utils import adaptive
 from dori_utils.adaptive import Config, survival, time_to_copy
 from dori_utils.attack import AttackConfig
-from dori_utils.core.diffusion import encode_prompts, generate
+from dori_utils.core.diffusion import encode_prompts
 from dori_utils.core.edits import Edit
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.targets import Target, load_targets

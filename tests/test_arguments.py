@@ -6,7 +6,7 @@ from PIL import Image
 
 from dori_utils.attack import attack
 from dori_utils.core.arguments import listed
-from dori_utils.core.diffusion import generate
+from dori_utils.core.generation import generate
 from dori_utils.core.sscd import sscd_scores
 from dori_utils.core.targets import Target
 from dori_utils.evaluation import audit, detect

@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_utils.attack import REPLAY, AttackConfig, Triggers, attack, cases_together
-from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts, generate
+from dori_utils.attack import AttackConfig, attack, cases_together
+from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts
 from dori_utils.core.edits import Edit, applied
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.targets import Target
+from dori_utils.core.triggers import REPLAY, Triggers
 
 CONFIG = AttackConfig(steps=3, batch_size=2)
 

@@ -14,10 +14,12 @@ from dori_utils import cached as cached_module
 from dori_utils import wanda
 from dori_utils.attack import AttackConfig, attack
 from dori_utils.cached import cached_attack, cached_clip_embeddings, cached_edits, cached_embeddings, cached_generate
-from dori_utils.core.diffusion import encode_prompts, generate
+from dori_utils.core.diffusion import encode_prompts
 from dori_utils.core.edits import Edit, applied
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
-from dori_utils.core.metrics import InceptionDistances, clip_alignment, diversity
+from dori_utils.core.inception import InceptionDistances
+from dori_utils.core.metrics import diversity
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
@@ -25,6 +27,11 @@ from dori_utils.evaluation import audit, detect, ordinary_cost, scores_by_target
 from dori_utils.presets import PRESETS
 
 PRESET = dataclasses.replace(PRESETS["testbed"], num_inference_steps=2, seeds=(0, 1), detection_seeds=(0, 1, 2))
+
+
+def clip_alignment(images, captions, clip):
+    """A_CLIP of each image and its caption, without the cache."""
+    return (clip.embed_images(images) * clip.embed_texts(captions)).sum(axis=1)
 
 
 @pytest.fixture

@@ -8,15 +8,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from dori_utils.core.diffusion import encode_prompts, initial_latents
-from dori_utils.detection import (
-    first_step_change,
-    first_step_similarity,
-    noise_magnitude,
-    pairwise_similarity,
-    roc_auc,
-    rowwise_similarity,
-    tpr_at_fpr,
-)
+from dori_utils.core.map_similarity import pairwise_similarity, rowwise_similarity
+from dori_utils.core.roc import roc_auc, tpr_at_fpr
+from dori_utils.detection import first_step_change, first_step_similarity, noise_magnitude
 
 PROMPTS = ["a photo of a cat", "a dog on a striped background", "grapes and violin"]
 QUIET = dict(progress=False)

@@ -8,13 +8,13 @@ import torch
 
 from dori_utils import __main__, nemo
 from dori_utils import evaluation as audit
-from dori_utils.attack import Triggers
 from dori_utils.core import models
 from dori_utils.core.diffusion import encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied, check_fits, union
 from dori_utils.core.edits_by_row import applied_by_row
 from dori_utils.core.hashes import base_hash, model_hash
 from dori_utils.core.targets import Target
+from dori_utils.core.triggers import Triggers
 from dori_utils.nemo_statistics import Statistics
 from dori_utils.presets import PRESETS
 

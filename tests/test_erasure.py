@@ -8,8 +8,9 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from dori_utils.core.diffusion import denoise, denoising_loss, encode_images, encode_prompts, generate, latent_size
+from dori_utils.core.diffusion import denoise, denoising_loss, encode_images, encode_prompts, latent_size
 from dori_utils.core.edits import applied
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.models import load_pipeline
 from dori_utils.core.sscd import load_sscd

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dori_utils.core.diffusion import generate
+from dori_utils.core.generation import generate
 from dori_utils.plots import ROOT
 from dori_utils.presets import PRESETS
 from tools.estimate import ABOUT, SD1, SD2, as_markdown, costs, count_pass, works

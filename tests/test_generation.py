@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from dori_utils.core import diffusion as generation
 from dori_utils.core import hashes
-from dori_utils.core.diffusion import decode, denoise, encode_prompts, generate, initial_latents
+from dori_utils.core.diffusion import decode, denoise, encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 
 PROMPTS = ["a photo of a cat", "violin and grapes"]

@@ -10,34 +10,37 @@ from diffusers import DDIMScheduler, PNDMScheduler
 
 from dori_utils import nemo, wanda
 from dori_utils.cached import cached_edits
-from dori_utils.core.diffusion import encode_prompts, generate, initial_latents
+from dori_utils.core.diffusion import encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, iou, iou_by_layer
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.metrics import bootstrap_interval
+from dori_utils.core.significance import (
+    as_notes,
+    between_interval,
+    block_means,
+    difference_interval,
+    difference_test,
+    difference_tests,
+    holm,
+    permutation_test,
+    rate_test,
+)
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target, load_targets
 from dori_utils.locality import (
-    PAPER,
     activation_discrepancy,
-    as_notes,
-    between_interval,
-    block_means,
     closest,
-    difference_interval,
-    difference_test,
-    difference_tests,
     distances,
     embedding_map,
-    holm,
-    permutation_test,
     probe,
     random_triggers,
-    rate_test,
     strongest,
     wanda_neurons,
     weight_agreement,
 )
+from dori_utils.paper import LOCALITY
 from dori_utils.presets import PRESETS
 
 WORDS = ["a cat", "the red car", "a violin on a striped background"]
@@ -322,4 +325,4 @@ def test_triggers_from_random_starts_are_attacked_once_and_scored(tiny_testbed, 
 
 
 def test_the_papers_numbers_are_of_its_seven_layers():
-    assert {len(values) for values in PAPER.values()} == {7} and len(PAPER) == 8
+    assert {len(values) for values in LOCALITY.values()} == {7} and len(LOCALITY) == 8

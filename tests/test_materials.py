@@ -112,7 +112,7 @@ def test_a_kind_that_is_not_there(data):
 
 
 def test_coco_pairs_are_each_pictures_first_caption(tmp_path, random_picture):
-    from dori_utils.core.targets import read_pairs
+    from dori_utils.core.tables import read_pairs
 
     (tmp_path / "val2014").mkdir()
     for number in (3, 7):
@@ -144,7 +144,7 @@ def test_coco_pairs_are_each_pictures_first_caption(tmp_path, random_picture):
     [("picture,caption\na.png,a cat", "its columns are picture, caption"), ("image,caption\na.png,", "in row 1")],
 )
 def test_a_table_that_is_none_of_pairs_says_what_to_give(table, says, tmp_path):
-    from dori_utils.core.targets import read_pairs
+    from dori_utils.core.tables import read_pairs
 
     (tmp_path / "pairs.csv").write_text(table)
     with pytest.raises(ValueError, match=f"{says}.*Give a CSV .image,caption"):

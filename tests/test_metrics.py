@@ -14,17 +14,13 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
+from dori_utils.core.clip import CLIP_FILES, load_clip, retrieval_accuracy
+from dori_utils.core.inception import INCEPTION, inception_distances
 from dori_utils.core.metrics import (
-    CLIP_FILES,
-    INCEPTION,
     bootstrap_interval,
-    clip_alignment,
     diversity,
     frechet_distance,
-    inception_distances,
-    load_clip,
     memorization_rate,
-    retrieval_accuracy,
     share_interval,
 )
 
@@ -137,7 +133,7 @@ def test_alignment_is_the_cosine_that_clip_itself_computes(clip):
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1  # the testbed trains its CLIP like this
     out = clip.model(**tokens, pixel_values=pixels)
     expected = out.logits_per_image.diagonal() / clip.model.logit_scale.exp()
-    found = clip_alignment(images, CAPTIONS, clip)
+    found = (clip.embed_images(images) * clip.embed_texts(CAPTIONS)).sum(axis=1)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
 
@@ -234,7 +230,7 @@ def test_a_clip_that_is_not_there_says_what_to_download_and_where_to_put_it(tmp_
 def test_a_clip_is_found_by_its_id_in_the_hub_s_local_cache(clip_folder, clip, tmp_path):
     """The cache as huggingface_hub lays it out; the tests are offline."""
     code = """
-from dori_utils.core.metrics import load_clip
+from dori_utils.core.clip import load_clip
 clip = load_clip("someone/tiny-clip", device="cpu")
 print(clip.name, clip.fingerprint)
 try:

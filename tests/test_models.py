@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dori_utils.core import models
+from dori_utils.core import hub, models
 from dori_utils.core.diffusion import encode_prompts
 from dori_utils.core.hashes import model_hash
-from dori_utils.core.models import MODELS, TESTBED, load_pipeline
+from dori_utils.core.hub import MODELS, TESTBED
+from dori_utils.core.models import load_pipeline
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
@@ -278,7 +279,7 @@ def test_a_single_file_of_sd2_is_what_it_says_it_is_or_its_base_is_asked_for(
     sd2 = {f"{part}.x": torch.zeros(1) for part in ("model.diffusion_model", "cond_stage_model.model")}
     save_file(sd2 | tensors, tmp_path / "model.safetensors", metadata)
     found = []
-    locate = models._locate
+    locate = hub._locate
 
     def asked(name, *arguments, **options):
         if name != tmp_path / "model.safetensors":

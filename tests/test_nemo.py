@@ -17,10 +17,11 @@ from dori_utils.core import hooks
 from dori_utils.core.diffusion import encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied
 from dori_utils.core.hashes import model_hash
+from dori_utils.core.map_similarity import pairwise_similarity
 from dori_utils.core.models import load_pipeline
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
-from dori_utils.detection import first_step_change, pairwise_similarity
+from dori_utils.detection import first_step_change
 from dori_utils.nemo_statistics import Statistics, collect_statistics, published_statistics
 
 CONFIG = nemo.Config(seeds=(0, 1, 2, 3), similarity="cosine", num_inference_steps=25)

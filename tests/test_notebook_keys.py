@@ -16,7 +16,8 @@ from PIL import Image
 from dori_utils import wanda
 from dori_utils.core.cache import kept
 from dori_utils.core.edits import Edit
-from dori_utils.core.models import TESTBED, load_pipeline
+from dori_utils.core.hub import TESTBED
+from dori_utils.core.models import load_pipeline
 from dori_utils.core.sscd import SSCD
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target

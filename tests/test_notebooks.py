@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from dori_utils.core.models import TESTBED
+from dori_utils.core.hub import TESTBED
 from dori_utils.nemo_statistics import collect_statistics
 from dori_utils.presets import PRESETS
 from tools import book

@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, features
 
-from dori_utils.core import metrics, targets
+from dori_utils.core import inception, prompt_lists, targets
 from dori_utils.core.cache import key_of
 from dori_utils.core.diffusion import preprocess
 from dori_utils.core.pictures import open_picture, to_rgb
+from dori_utils.core.prompt_lists import PromptList, download_targets
 from dori_utils.core.sscd import SSCDTransform
-from dori_utils.core.targets import PromptList, Target, download_targets, load_targets, read_pairs, read_targets
+from dori_utils.core.tables import read_pairs
+from dori_utils.core.targets import Target, load_targets, read_targets
 from dori_utils.materials import Pair
 
 BLOCKS = np.random.default_rng(0).integers(0, 240, (3, 5, 3), dtype=np.uint8)
@@ -203,7 +205,7 @@ def by_download(data, ending, folder):
     table = b";Caption;URL;Index\n0;a cat;http://host/a;7\n"
     prompts = PromptList("tiny.csv", hashlib.sha256(table).hexdigest(), kind="VM")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(targets.PROMPT_LISTS, "tiny", (prompts,))
+        patch.setitem(prompt_lists.PROMPT_LISTS, "tiny", (prompts,))
         patch.setattr(targets, "_get", lambda url, **_: table if url.endswith("tiny.csv") else data)
         assert download_targets("tiny", folder, progress=False).empty
         return load_targets("tiny", folder=folder)[0].image
@@ -231,7 +233,7 @@ def by_hand(data, ending, folder):
 
 def by_fid(data, ending, folder):
     (folder / f"a.{ending}").write_bytes(data)
-    return metrics._open(folder / f"a.{ending}")
+    return inception._open(folder / f"a.{ending}")
 
 
 WAYS = [by_table, by_captions, by_metadata, by_parquet, by_download, by_pairs, by_coco, by_hand, by_fid]

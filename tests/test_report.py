@@ -14,13 +14,15 @@ from PIL import Image
 
 from dori_utils import wanda
 from dori_utils.__main__ import PRESET_NAMES, PROMPT_LIST_NAMES, _parse, main
-from dori_utils.attack import AttackConfig, Triggers
+from dori_utils.attack import AttackConfig
 from dori_utils.cli.report import _words, conclusion, settings_table, verdicts, write_report
 from dori_utils.core.edits import Edit
 from dori_utils.core.hashes import base_hash
 from dori_utils.core.models import load_pipeline, load_unet
+from dori_utils.core.prompt_lists import PROMPT_LISTS
 from dori_utils.core.store import Store
-from dori_utils.core.targets import PROMPT_LISTS, read_targets
+from dori_utils.core.targets import read_targets
+from dori_utils.core.triggers import Triggers
 from dori_utils.presets import PRESETS
 
 WANDA = wanda.Config(sparsity=0.3, steps=1, num_inference_steps=2, guidance_scale=3.0)

@@ -19,7 +19,7 @@ from PIL import Image
 from dori_utils import nemo, wanda
 from dori_utils.__main__ import _parse, main
 from dori_utils.attack import AttackConfig
-from dori_utils.cli import sweep
+from dori_utils.cli import engines, sweep
 from dori_utils.cli.sweep import Plan, read_attacks, read_mitigations
 from dori_utils.core.edits import Edit
 from dori_utils.core.hashes import base_hash
@@ -301,16 +301,16 @@ def test_only_a_machine_that_is_too_busy_for_ray_is_asked_again(monkeypatch):
 
     too_busy = "The current node timed out during startup. This could happen because some of the raylet failed"
     others = subprocess.Popen(["sleep", "600"])
-    assert sweep.patiently(start, busy=2, message=too_busy) == "started" and len(asked) == 3
+    assert engines.patiently(start, busy=2, message=too_busy) == "started" and len(asked) == 3
     assert [process.wait() for process in left] == [-signal.SIGKILL] * 2
     assert others.poll() is None
     others.kill()
     with pytest.raises(Exception, match="No space left"):
-        sweep.patiently(start, busy=9, message="No space left on device")
+        engines.patiently(start, busy=9, message="No space left on device")
     assert len(asked) == 4
-    monkeypatch.setattr(sweep, "START_SECONDS", 0)
+    monkeypatch.setattr(engines, "START_SECONDS", 0)
     with pytest.raises(Exception, match="timed out during startup"):
-        sweep.patiently(start, busy=9, message=too_busy)
+        engines.patiently(start, busy=9, message=too_busy)
     assert len(asked) == 5
     for process in left[2:]:
         process.kill()
@@ -343,13 +343,13 @@ def test_a_killed_driver_goes_on_where_it_was(options, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A running Ray cluster of one node, which has room for one worker."""
-    sweep._import_ray()  # with its settings
+    engines._import_ray()  # with its settings
     import ray.cloudpickle
     from ray.cluster_utils import Cluster
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     head = {"num_cpus": 1, "include_dashboard": False}
-    cluster = sweep.patiently(Cluster, initialize_head=True, head_node_args=head)
+    cluster = engines.patiently(Cluster, initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
 
@@ -375,8 +375,8 @@ TASKS = [(number, {"what": "sweep", "number": number}) for number in range(8)]
 @with_ray
 @pytest.mark.slow
 def test_a_case_that_kills_its_worker_each_time_is_given_up(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "RETRIES", 1)
-    with sweep.started("ray", DeadlyWorker, tmp_path, workers=1, address=cluster.address) as engine:
+    monkeypatch.setattr(engines, "RETRIES", 1)
+    with engines.started("ray", DeadlyWorker, tmp_path, workers=1, address=cluster.address) as engine:
         engine.about()
         results, failed, computed = sweep.run(engine, TASKS, Store(tmp_path), progress=False)
     assert list(failed) == [3] and computed == 7
@@ -386,8 +386,8 @@ def test_a_case_that_kills_its_worker_each_time_is_given_up(cluster, tmp_path, m
 @with_ray
 @pytest.mark.slow
 def test_a_lost_node_costs_no_case_though_nothing_takes_its_place(cluster, tmp_path):
-    node = sweep.patiently(cluster.add_node, num_cpus=1, wait=False)  # the engine waits until the worker is there
-    with sweep.started("ray", SlowWorker, tmp_path, workers=2, address=cluster.address) as engine:
+    node = engines.patiently(cluster.add_node, num_cpus=1, wait=False)  # the engine waits until the worker is there
+    with engines.started("ray", SlowWorker, tmp_path, workers=2, address=cluster.address) as engine:
         engine.about()
         watched = Watched(tmp_path, 3, lambda: cluster.remove_node(node, allow_graceful=False))
         results, failed, computed = sweep.run(watched(engine), TASKS, Store(tmp_path), progress=False)

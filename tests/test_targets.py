@@ -17,8 +17,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dori_utils.core import targets
-from dori_utils.core.targets import PromptList, download_targets, load_targets, read_pairs, read_targets
+from dori_utils.core import prompt_lists, targets
+from dori_utils.core.prompt_lists import PromptList, download_targets
+from dori_utils.core.tables import read_pairs
+from dori_utils.core.targets import load_targets, read_targets
 from dori_utils.materials import FolderMaterials
 
 NEMO = Path(__file__).parents[2] / "shared" / "data" / "nemo"
@@ -92,7 +94,7 @@ def publish(web, monkeypatch):
             PromptList("memorized.csv", hashlib.sha256(memorized).hexdigest()),
             PromptList("controls.csv", hashlib.sha256(controls).hexdigest(), kind="control"),
         )
-        monkeypatch.setitem(targets.PROMPT_LISTS, "tiny", lists)
+        monkeypatch.setitem(prompt_lists.PROMPT_LISTS, "tiny", lists)
         return f"{web.url}/lists"
 
     return publish
@@ -161,7 +163,7 @@ def test_waits_double_between_tries(web, monkeypatch):
     monkeypatch.setattr(targets.time, "sleep", waits.append)
     web.pages["/busy"] = 503
     with pytest.raises(targets.requests.HTTPError):
-        targets._get(f"{web.url}/busy", attempts=4, backoff=1.0, timeout=PATIENCE)
+        prompt_lists._get(f"{web.url}/busy", attempts=4, backoff=1.0, timeout=PATIENCE)
     assert waits == [1.0, 2.0, 4.0]
 
 
@@ -172,8 +174,11 @@ def test_a_host_that_does_not_exist_or_answer_is_a_reason(publish, web, tmp_path
         nobody = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png".encode()
         memorized = web.pages["/lists/memorized.csv"].replace(f"{web.url}/a.png".encode(), nobody)
         web.pages["/lists/memorized.csv"] = memorized
-        lists = targets.PROMPT_LISTS["tiny"]
-        targets.PROMPT_LISTS["tiny"] = (PromptList("memorized.csv", hashlib.sha256(memorized).hexdigest()), lists[1])
+        lists = prompt_lists.PROMPT_LISTS["tiny"]
+        prompt_lists.PROMPT_LISTS["tiny"] = (
+            PromptList("memorized.csv", hashlib.sha256(memorized).hexdigest()),
+            lists[1],
+        )
         dead = download_targets("tiny", tmp_path, base_url=base_url, **FAST)
     assert dead["reason"].str.startswith("ConnectionError").tolist() == [True]
 

@@ -8,9 +8,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dori_utils.core.clip import load_clip, retrieval_accuracy
 from dori_utils.core.hashes import model_hash
-from dori_utils.core.metrics import load_clip, retrieval_accuracy
-from dori_utils.core.models import BUNDLED, TESTBED, load_pipeline
+from dori_utils.core.hub import BUNDLED, TESTBED
+from dori_utils.core.models import load_pipeline
 from dori_utils.core.store import Store
 from dori_utils.core.targets import load_targets
 from dori_utils.evaluation import audit, scores_by_target

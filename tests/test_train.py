@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dori_utils.core.hashes import model_hash
-from dori_utils.core.models import TESTBED, load_pipeline
+from dori_utils.core.hub import TESTBED
+from dori_utils.core.models import load_pipeline
 from dori_utils.core.targets import load_targets
 from dori_utils.core.training import Stage, fit
 from dori_utils.nemo_statistics import Statistics

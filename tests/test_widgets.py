@@ -22,8 +22,9 @@ from PIL import Image
 
 from dori_utils import attack as attack_module
 from dori_utils.attack import AttackConfig, attack
-from dori_utils.core.diffusion import encode_prompts, generate, predict
+from dori_utils.core.diffusion import encode_prompts, predict
 from dori_utils.core.edits import Edit
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store

@@ -42,11 +42,14 @@ from PIL import Image
 from dori_utils import finetuning, nemo, wanda
 from dori_utils.attack import AttackConfig, attack
 from dori_utils.cached import cached_edits, cached_generate, cached_training
-from dori_utils.cli import sweep
-from dori_utils.core import metrics, targets
-from dori_utils.core.diffusion import decode, denoise, encode_prompts, generate, initial_latents
+from dori_utils.cli import engines, sweep
+from dori_utils.core import metrics, prompt_lists
+from dori_utils.core.clip import load_clip, retrieval_accuracy
+from dori_utils.core.diffusion import decode, denoise, encode_prompts, initial_latents
+from dori_utils.core.generation import generate
 from dori_utils.core.hashes import known
-from dori_utils.core.models import TESTBED, TWIN, load_pipeline
+from dori_utils.core.hub import TESTBED, TWIN
+from dori_utils.core.models import load_pipeline
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store, default_store
 from dori_utils.core.targets import load_targets
@@ -161,9 +164,9 @@ def sprites_found(model: str = "testbed"):
 def retrieval(scenes, model: str = "testbed"):
     """Share of generations for which the testbed's CLIP ranks their own caption first, over that of real scenes."""
     captions = [scene.caption for scene in scenes]
-    clip = metrics.load_clip(TESTBED / "clip")
-    generated = metrics.retrieval_accuracy(ordinary_images(scenes, model), captions, clip)
-    truth = metrics.retrieval_accuracy([[image] for image in real(scenes)], captions, clip).mean()
+    clip = load_clip(TESTBED / "clip")
+    generated = retrieval_accuracy(ordinary_images(scenes, model), captions, clip)
+    truth = retrieval_accuracy([[image] for image in real(scenes)], captions, clip).mean()
     low, high = metrics.bootstrap_interval(generated)
     chance = f"{len(scenes)} captions, chance {1 / len(scenes):.2f}"
     return generated.mean() / truth, (
@@ -239,7 +242,7 @@ def pruned(method: str):
 
 def pruned_rate(method: str):
     """MR under the original prompts, and what the same edits cost 50 ordinary captions."""
-    vm, clip = load_targets("testbed", kind="VM")[: PRESET.pruned_targets], metrics.load_clip(TESTBED / "clip")
+    vm, clip = load_targets("testbed", kind="VM")[: PRESET.pruned_targets], load_clip(TESTBED / "clip")
     edits = {"original": None, method: pruned(method)}
     table = audit(pipe(), vm, PRESET, default_store(), edits=edits)
     before, after = (metrics.memorization_rate(scores_by_target(table[table["mitigation"] == name])) for name in edits)
@@ -360,7 +363,7 @@ def tuned_rate(attack: str):
 def tuned_cost(column: str):
     """Change of alignment or Fréchet distance on ordinary captions, relative to the model as it was."""
     captions, real = [s.caption for s in held_out_scenes(50)], [Image.fromarray(s.draw()) for s in held_out_scenes(200)]
-    clip, edits = metrics.load_clip(TESTBED / "clip"), {"original": None, "tuned": tuned()}
+    clip, edits = load_clip(TESTBED / "clip"), {"original": None, "tuned": tuned()}
     cost = ordinary_cost(pipe(), captions, real, PRESET, default_store(), clip, edits).set_index("mitigation")[column]
     remark = f"{cost['tuned']:.3f} against {cost['original']:.3f}, {len(captions)} captions, {len(PRESET.seeds)} seeds"
     return cost["tuned"] / cost["original"] - 1, remark
@@ -509,7 +512,7 @@ def sweep_plan(folder, **attack) -> tuple[sweep.Plan, list[sweep.Case]]:
 
 def swept(plan, cases, engine="local", workers=None, around=lambda engine: engine):
     """Rows of a sweep by this engine, and what `sweep.run` returns."""
-    with sweep.started(engine, sweep.Worker, plan, workers=workers) as started:
+    with engines.started(engine, sweep.Worker, plan, workers=workers) as started:
         about = started.about()
         tasks = list(zip(cases, plan.configs(cases, about), strict=True))
         found = sweep.run(around(started), tasks, Store(plan.store), progress=False)
@@ -594,7 +597,7 @@ def driver_killed(out, *options: str, after=3):
             time.sleep(0.1)
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-    psutil.wait_procs(family, timeout=sweep.START_SECONDS)  # Ray's own end when their driver does
+    psutil.wait_procs(family, timeout=engines.START_SECONDS)  # Ray's own end when their driver does
     before = entries(f"{out}/store")
     again = subprocess.run([*command, *options], capture_output=True, text=True)
     if again.returncode:
@@ -617,7 +620,7 @@ def sweep_efficiency():
         with tempfile.TemporaryDirectory() as folder:
             plan = sweep.Plan(preset, {"original": None}, attacks, folder)
             cases = plan.cases(*(load_targets("testbed", kind=kind)[: count // 2] for kind in ("VM", "control")))
-            with sweep.started("ray", sweep.Worker, plan, workers=workers) as engine:
+            with engines.started("ray", sweep.Worker, plan, workers=workers) as engine:
                 tasks = list(zip(cases, plan.configs(cases, engine.about()), strict=True))
                 start = time.perf_counter()
                 sweep.run(engine, tasks, Store(folder), progress=False)
@@ -649,7 +652,7 @@ def sweep_overheads() -> dict[int, float]:
     for count in (*times, *times, *times):
         with tempfile.TemporaryDirectory() as folder:
             tasks = [(number, {"what": "sweep", "number": number}) for number in range(count)]
-            with sweep.started("ray", InstantWorker, folder, workers=2) as engine:
+            with engines.started("ray", InstantWorker, folder, workers=2) as engine:
                 engine.about()
                 start = time.perf_counter()
                 results, _, _ = sweep.run(engine, tasks, Store(folder), progress=False)
@@ -721,8 +724,8 @@ def half_downloads():
 
 
 def _download(url, folder, digest):
-    targets.PROMPT_LISTS["slow"] = (targets.PromptList("slow.csv", digest),)
-    targets.download_targets("slow", folder, base_url=url, workers=4, progress=False)
+    prompt_lists.PROMPT_LISTS["slow"] = (prompt_lists.PromptList("slow.csv", digest),)
+    prompt_lists.download_targets("slow", folder, base_url=url, workers=4, progress=False)
 
 
 def first_run_seconds(*notebooks: str):

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from dori_utils.core.bars import tqdm
-from dori_utils.core.models import TESTBED, _keep_memory, load_pipeline
+from dori_utils.core.hub import TESTBED
+from dori_utils.core.models import _keep_memory, load_pipeline
 from dori_utils.core.training import Stage, fit
 from dori_utils.nemo_statistics import collect_statistics
 from dori_utils.presets import PRESETS

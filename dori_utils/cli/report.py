@@ -34,10 +34,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dori_utils.attack import REPLAY
 from dori_utils.cached import cached_attack, cached_generate
 from dori_utils.core.metrics import THRESHOLD, share_interval
 from dori_utils.core.sscd import load_sscd, to_rgb
+from dori_utils.core.triggers import REPLAY
 from dori_utils.evaluation import audit, edit_of_each, summarize
 from dori_utils.plots import DPI, MITIGATIONS, PAGE, csv_text, curve_with_interval, use_style
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from dori_utils.core import models
+from dori_utils.core import checkpoints, models
 from dori_utils.core.edits import Edit, check_fits
 from dori_utils.core.hashes import changing
-from dori_utils.core.models import PICKLED, differing_settings, first_line, first_three, load_unet, quiet
+from dori_utils.core.hub import PICKLED, first_line, first_three, quiet
+from dori_utils.core.models import differing_settings, load_unet
 
 PEFT = "base_model.model."  # what names begin with in peft's own files
 SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")  # settings that matter
@@ -70,7 +71,7 @@ def read_edit(pipe, path, *, name=None) -> Edit:
     if any("lora" in key for key in keys):
         return _lora(pipe, path, name)
     if any(key.startswith("model.diffusion_model.") for key in keys):
-        models.warn_of_averages(path, keys)
+        checkpoints.warn_of_averages(path, keys)
         _refuse_changes(path, _changed_parts_of_checkpoint(pipe, path, keys))
         return Edit.between(pipe, _unet_of_checkpoint(pipe, path, keys), method=name)
     if "conv_in.weight" in keys:
@@ -118,7 +119,7 @@ def _parts_of_folder(pipe, folder):
                 found[part] = models.from_pretrained(type(own), place)
             else:
                 if part == "tokenizer":
-                    models.check_tokenizer(folder)
+                    checkpoints.check_tokenizer(folder)
                 with quiet():
                     found[part] = type(own).from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -135,7 +136,7 @@ def _changed_parts_of_checkpoint(pipe, path, keys):
 
     prefixes = {"text_encoder": "cond_stage_model.", "vae": "first_stage_model."}
     theirs = [part for part, prefix in prefixes.items() if any(key.startswith(prefix) for key in keys)]
-    says, changed = models.predicted(path), []
+    says, changed = checkpoints.predicted(path), []
     if says not in (None, pipe.scheduler.config.get("prediction_type", "epsilon").removesuffix("_prediction")):
         changed = ["scheduler"]
     if not theirs:
@@ -272,7 +273,7 @@ def _unet_of_checkpoint(pipe, path, keys):
             raise ValueError(
                 f"The U-Net in {path} is of another architecture than the pipeline's ({error})."
             ) from error
-        models.check_all_used(path, keys, unet)
+        checkpoints.check_all_used(path, keys, unet)
         return unet.to(pipe.unet.dtype)
 
 

@@ -22,7 +22,8 @@ import torch
 
 from dori_utils.core.files import as_array, read_safetensors, write_safetensors
 from dori_utils.core.hashes import base_hash, changing, known, todays_hash
-from dori_utils.core.models import differing_settings, first_three
+from dori_utils.core.hub import first_three
+from dori_utils.core.models import differing_settings
 
 
 @dataclass(frozen=True, eq=False)

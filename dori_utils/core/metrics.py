@@ -14,26 +14,12 @@ is named together with where to get it.
 Shapes: N targets or prompts, S seeds, D features.
 """
 
-import hashlib
-import io
-import re
-import warnings
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-
-from dori_utils.core.bars import tqdm
-from dori_utils.core.pictures import open_picture, to_rgb
-from dori_utils.core.store import data_folder
 
 THRESHOLD = 0.7  # SSCD above which a generation is a copy: Wen et al. (2024), NeMo, DoRI
-CLIP_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # ends in the first digits of its SHA-256
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 
 
 @dataclass(frozen=True)
@@ -90,115 +76,6 @@ def diversity(embeddings):
     return pairs[:, first, second].mean(axis=1)
 
 
-@dataclass(frozen=True)
-class CLIP:
-    """A `CLIPModel` with its tokenizer and image processor, whatever its image size: embeddings of length 1."""
-
-    name: str
-    model: torch.nn.Module
-    tokenizer: object
-    image_processor: object
-
-    @torch.inference_mode()
-    def embed_images(self, images, batch_size=64):
-        """N PIL images to (N, D) float32."""
-        images = [to_rgb(image) for image in images]
-        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        pixels = (self.image_processor(batch, return_tensors="pt").pixel_values for batch in batches)
-        return self._unit_rows(
-            self.model.get_image_features(batch.to(self.model.device, self.model.dtype)) for batch in pixels
-        )
-
-    def embed_rows(self, images):
-        """N lists of S PIL images, as `generate` returns them, to (N, S, D) float32."""
-        rows = self.embed_images([image for row in images for image in row])
-        return rows.reshape(len(images), len(images[0]), -1)  # (N * S, D) → (N, S, D)
-
-    @torch.inference_mode()
-    def embed_texts(self, captions, batch_size=256):
-        """N captions to (N, D) float32.
-
-        Raises:
-            ValueError: a caption has more tokens than the model takes.
-        """
-        tokens = self.tokenizer(list(captions), padding=True, return_tensors="pt").to(self.model.device)
-        length, limit = tokens.input_ids.shape[1], self.model.config.text_config.max_position_embeddings
-        if length > limit:
-            raise ValueError(f"The longest caption has {length} tokens; {self.name} takes {limit}. Shorten it.")
-        batches = zip(*(part.split(batch_size) for part in (tokens.input_ids, tokens.attention_mask)), strict=True)
-        return self._unit_rows(
-            self.model.get_text_features(input_ids=ids, attention_mask=mask) for ids, mask in batches
-        )
-
-    @cached_property
-    def fingerprint(self):
-        """16 hex characters that change with any weight, and with how images are prepared."""
-        digest = hashlib.sha256(self.image_processor.to_json_string().encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def _unit_rows(self, outputs):
-        rows = torch.cat([output.pooler_output for output in outputs]).float()
-        return torch.nn.functional.normalize(rows, dim=1).cpu().numpy()
-
-
-def load_clip(name_or_path, *, device=None, revision=None, local_files_only=True):
-    """Load a CLIP from a folder or, by its id, from the Hugging Face Hub.
-
-    Args:
-        name_or_path: a folder with model.safetensors, the tokenizer's files and preprocessor_config.json, such as the
-            testbed's own; or a Hub id, such as "openai/clip-vit-base-patch32". Pickled weights are never read.
-        device: default: the best there is.
-        revision: branch, tag or commit of a Hub model. OpenAI's has safetensors in "refs/pr/15" alone.
-        local_files_only: take a Hub model from the local cache; False: download what is not there.
-
-    Raises:
-        FileNotFoundError: a file is missing; says which, and how to get it.
-    """
-    # The variant that resizes with Pillow: the other one needs torchvision, which nothing else here does.
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-    from dori_utils.core.models import default_device
-
-    folder = _clip_folder(name_or_path, revision, local_files_only)
-    model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return CLIP(
-        name=Path(name_or_path).name,
-        model=model.to(device or default_device()).eval().requires_grad_(False),
-        tokenizer=CLIPTokenizer.from_pretrained(folder, local_files_only=True),
-        image_processor=CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True),
-    )
-
-
-def clip_alignment(images, captions, clip):
-    """A_CLIP: cosine between each of N images and its own caption.
-
-    Returns:
-        (N,) float32.
-    """
-    if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images need as many captions, got {len(captions)}.")
-    return np.einsum("nd,nd->n", clip.embed_images(images), clip.embed_texts(captions))
-
-
-def retrieval_accuracy(images, captions, clip):
-    """Share of each caption's images for which CLIP ranks that caption first among all N.
-
-    Args:
-        images: N lists of PIL images, as `generate` returns them.
-        captions: N different captions; chance is 1 / N.
-
-    Returns:
-        (N,) float64, one share for each caption; its mean is the accuracy, `bootstrap_interval` its interval.
-    """
-    if len(images) != len(captions) or len(set(captions)) != len(captions):
-        raise ValueError(f"{len(images)} lists of images need as many different captions, got {len(set(captions))}.")
-    texts = clip.embed_texts(captions)  # (N, D)
-    best = [(clip.embed_images(row) @ texts.T).argmax(axis=1) for row in images]
-    return np.array([(picked == caption).mean() for caption, picked in enumerate(best)])
-
-
 def frechet_distance(features_a, features_b):
     """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D): FID's formula for any features.
 
@@ -221,68 +98,6 @@ def frechet_distance(features_a, features_b):
     r_a, r_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))
     cross = torch.linalg.matrix_norm(r_a @ r_b.T, ord="nuc")
     return ((mean_a - mean_b).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross).item()
-
-
-@dataclass(frozen=True)
-class InceptionDistances:
-    """How far images are from real ones.
-
-    Args:
-        fid: Fréchet distance of Inception's features; biased upwards for few images, so compare only equal numbers.
-        kid: their squared maximum mean discrepancy, of a cubic kernel, without bias: its mean over 100 subsets of 1000
-            images, or of all if there are fewer.
-        kid_std: standard deviation over the subsets.
-        images, reference: how many there were.
-    """
-
-    fid: float
-    kid: float
-    kid_std: float
-    images: int
-    reference: int
-
-
-def inception_distances(images, reference, weights=None, *, batch_size=32, device=None, progress=True):
-    """FID and KID of images against real ones, by torchmetrics with torch-fidelity's Inception.
-
-    Real pictures are cropped in the middle and resized to the size of the first image, and all of them by the network
-    to 299 pixels, with torchmetrics' default filter.
-
-    Args:
-        images: N PIL images or paths, such as generations for the captions of the real pictures.
-        reference: M of the same, such as the pictures of `targets.read_pairs`.
-        weights: torch-fidelity's file; default: `INCEPTION` in data/.
-        batch_size: images that go through the network together.
-        device: default: the best there is.
-
-    Raises:
-        ValueError: fewer than two images on one side.
-        FileNotFoundError: no weights; says where to get them.
-        OSError: a damaged file of weights, or one that holds anything but tensors.
-        ImportError: torch-fidelity is not installed; says how to.
-
-    Source: Heusel et al. (2017) for FID, Bińkowski et al. (2018) for KID.
-    """
-    if min(len(images), len(reference)) < 2:
-        raise ValueError(f"{len(images)} images and {len(reference)} real ones: FID and KID need two of each or more.")
-    network = _inception(weights, device)
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    size = _open(images[0]).size
-    real, ours = (_inception_features(network, part, size, batch_size, progress) for part in (reference, images))
-    features = torch.nn.Identity()  # both metrics take the features as they are
-    features.num_features = ours.shape[1]
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")  # they are here anyway
-        torch.manual_seed(0)  # of the subsets
-        subset_size = min(1000, len(real), len(ours))
-        fid, kid = FrechetInceptionDistance(features), KernelInceptionDistance(features, subset_size=subset_size)
-        for metric in (fid, kid):
-            metric.update(real, real=True)
-            metric.update(ours, real=False)
-        mean, std = kid.compute()
-    return InceptionDistances(fid.compute().item(), mean.item(), std.item(), len(ours), len(real))
 
 
 def bootstrap_interval(values, statistic=np.mean, level=0.95, resamples=2000, seed=0):
@@ -327,86 +142,3 @@ def share_interval(count, n, level=0.95):
 
     interval = binomtest(int(count), int(n)).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def _clip_folder(name_or_path, revision, local_files_only):
-    """The folder with all the files of a CLIP."""
-    folder, wanted = Path(name_or_path).expanduser(), Path(name_or_path)
-    if not folder.is_dir() and isinstance(name_or_path, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name_or_path):
-        from transformers.utils import cached_file
-
-        wanted, options = data_folder() / "clip", {"revision": revision, "local_files_only": local_files_only}
-        try:
-            files = [cached_file(name_or_path, name, **options) for name in CLIP_FILES]
-        except OSError as error:
-            reason = f"there is no such folder, and of the Hub: {str(error).splitlines()[0]}"
-            raise FileNotFoundError(_no_clip(name_or_path, reason, wanted)) from error
-        folder = Path(files[0]).parent
-    for name in CLIP_FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(_no_clip(name_or_path, f"{name} is missing", wanted))
-    return folder
-
-
-def _no_clip(name_or_path, reason, wanted):
-    return (
-        f"No CLIP in {name_or_path}: {reason.rstrip('.')}. To get CLIP ViT-B/32:\n    "
-        f"hf download openai/clip-vit-base-patch32 {' '.join(CLIP_FILES)} --revision refs/pr/15 --local-dir {wanted}\n"
-        "Its main revision has no model.safetensors, only pickled weights, which are never read. By its id it is taken "
-        "from the Hub's local cache, or downloaded with local_files_only=False, revision='refs/pr/15'."
-    )
-
-
-@torch.inference_mode()
-def _inception_features(network, images, size, batch_size, progress):
-    """(N, D) float32 of N PIL images or paths, brought to one size."""
-    features = []
-    for start in tqdm(range(0, len(images), batch_size), desc="Inception", disable=not progress):
-        batch = [_open(image) for image in images[start : start + batch_size]]
-        pixels = np.stack([np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC)) for image in batch])
-        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, H, W, 3) → (B, 3, H, W)
-        features.append(network(pixels.to(next(network.parameters()).device)).cpu())
-    return torch.cat(features)
-
-
-def _open(image):
-    return to_rgb(image) if isinstance(image, Image.Image) else open_picture(image)
-
-
-def _inception(path, device):
-    """torch-fidelity's Inception, which gives (B, 2048) for uint8 (B, 3, H, W)."""
-    from dori_utils.core.models import default_device
-
-    state = _inception_weights(Path(path or data_folder() / INCEPTION))
-    try:
-        import torch_fidelity  # noqa: F401
-        from torchmetrics.image.fid import NoTrainInceptionV3
-    except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises a RuntimeError
-        raise ImportError(
-            f"FID and KID need torch-fidelity and a torchvision that fits torch {torch.__version__}, and cannot import "
-            f"them ({error}): pip install -e '.[fid]'"
-        ) from error
-    # torch-fidelity unpickles whatever it is given. So it is given what was just written here: tensors alone.
-    tensors = io.BytesIO()
-    torch.save(state, tensors)
-    tensors.seek(0)
-    try:
-        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], tensors)
-    except RuntimeError as error:
-        raise OSError(f"{path or INCEPTION} holds other weights than Inception's ({error}).") from error
-    return network.to(device or default_device())
-
-
-def _inception_weights(path):
-    """Name → tensor; nothing but tensors is read."""
-    advice = f"Download {INCEPTION_URL} to {path.parent}/."
-    if not path.is_file():
-        raise FileNotFoundError(f"FID and KID need Inception's weights, and there is no {path}. {advice}")
-    if path.name == INCEPTION:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not digest.startswith(path.stem.rpartition("-")[2]):
-            raise OSError(f"{path} is damaged: its SHA-256 begins with {digest[:8]}. {advice}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle raises what it likes
-        raise OSError(f"{path} is no file of tensors alone. {advice}") from error

