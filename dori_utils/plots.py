@@ -30,6 +30,7 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 
 from dori_utils.core.bars import in_notebook
+from dori_utils.core.folders import ROOT
 from dori_utils.core.metrics import THRESHOLD as COPY  # an SSCD above this counts as a copy
 
 KINDS = {"VM": "#2E002E", "TM": "#79167C", "ladder": "#CA2C74", "once": "#CC9E79", "twin": "#8EB2E2"}
@@ -52,7 +53,6 @@ COLUMN, PAGE = 3.3, 6.8
 DPI = 200
 CAPTION = 7  # points, of what stands under an image
 SCORES = LinearSegmentedColormap.from_list("scores", ["#E8E8E8", KINDS["VM"]])  # borders: SSCD 0 → 1, a verbatim copy
-ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"  # committed: README shows them
 
 

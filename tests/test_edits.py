@@ -6,8 +6,9 @@ import hashlib
 import pytest
 import torch
 
-from dori_utils import __main__, nemo
 from dori_utils import evaluation as audit
+from dori_utils import nemo
+from dori_utils.cli import main as command
 from dori_utils.core import models
 from dori_utils.core.diffusion import encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied, check_fits, union
@@ -357,6 +358,6 @@ def test_numbers_that_are_none_end_the_command_with_a_sentence(monkeypatch, caps
     def broken(options):
         raise FloatingPointError("NaN or infinity in the scores of prompts [0].")
 
-    monkeypatch.setattr(__main__, "_audit", broken)
-    assert __main__.main(["audit", "--out", "unused"]) == 1
+    monkeypatch.setattr(command, "_audit", broken)
+    assert command.main(["audit", "--out", "unused"]) == 1
     assert capsys.readouterr().err == "NaN or infinity in the scores of prompts [0].\n"

@@ -7,7 +7,7 @@ import shlex
 import pandas as pd
 import pytest
 
-from dori_utils import __main__
+from dori_utils.cli import main as command
 from tools import book, readme
 from tools.scorecard import BARS
 
@@ -57,7 +57,7 @@ def test_every_command_of_the_package_can_be_typed_as_printed(name):
         words = shlex.split(arguments)
         if module == "dori_utils":
             assert words[0] in ("audit", "sweep", "download")
-            __main__._parse([word for word in words if word != "--help"] + ["--out", "x"] * (words[-1] == "--help"))
+            command._parse([word for word in words if word != "--help"] + ["--out", "x"] * (words[-1] == "--help"))
         else:
             assert importlib.util.find_spec(module) is not None
             assert not words or module == "tools.scorecard"

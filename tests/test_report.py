@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from dori_utils import wanda
-from dori_utils.__main__ import PRESET_NAMES, PROMPT_LIST_NAMES, _parse, main
 from dori_utils.attack import AttackConfig
+from dori_utils.cli.main import PRESET_NAMES, PROMPT_LIST_NAMES, _parse, main
 from dori_utils.cli.report import _words, conclusion, settings_table, verdicts, write_report
 from dori_utils.core.edits import Edit
 from dori_utils.core.hashes import base_hash
@@ -278,7 +278,7 @@ def test_an_audit_finds_out_at_once_that_its_folder_cannot_be(tiny_testbed, own_
 def test_help_loads_nothing_heavy():
     code = """
 import sys
-from dori_utils.__main__ import main
+from dori_utils.cli.main import main
 for arguments in (["--help"], ["audit", "--help"], ["sweep", "--help"], ["audit", "--stepps", "3"]):
     try:
         main(arguments)
@@ -349,6 +349,6 @@ def test_what_may_go_wrong_ends_in_a_sentence(error, said, monkeypatch, capsys):
     def fail(options):
         raise error
 
-    monkeypatch.setattr("dori_utils.__main__._download", fail)
+    monkeypatch.setattr("dori_utils.cli.main._download", fail)
     assert main(["download", "sd14"]) == (130 if isinstance(error, KeyboardInterrupt) else 1)
     assert capsys.readouterr().err == said

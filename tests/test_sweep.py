@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from dori_utils import nemo, wanda
-from dori_utils.__main__ import _parse, main
 from dori_utils.attack import AttackConfig
 from dori_utils.cli import engines, sweep
+from dori_utils.cli.main import _parse, main
 from dori_utils.cli.sweep import Plan, read_attacks, read_mitigations
 from dori_utils.core.edits import Edit
 from dori_utils.core.hashes import base_hash

@@ -6,8 +6,7 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
-TESTBED = Path(__file__).resolve().parents[2] / "testbed"
-
+from dori_utils.core.folders import TESTBED
 
 TWIN = TESTBED.with_name("testbed-b")  # the same model that has seen another list of images
 
@@ -39,8 +38,8 @@ def _locate(name_or_path, revision, local_files_only, weights=True):
         return folder
     if folder in BUNDLED.values():
         raise FileNotFoundError(
-            f"The testbed model is not in {folder}. It comes with the repository (install with `pip install -e .`), "
-            "and `python -m tools.training` trains it anew."
+            f"The testbed model is not in {folder}. It comes with the repository: start Python in a clone "
+            "of it, or name its folder in DORI_TESTBED. There `python -m tools.training` trains it anew."
         )
     if folder.suffix in (".safetensors", *PICKLED):
         raise FileNotFoundError(f"No file {folder} to load a model from. Check the path.")

@@ -28,6 +28,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from dori_utils.core.bars import tqdm
+from dori_utils.core.folders import ROOT
 
 CONFIG = "__config__"
 RESERVED = (CONFIG, "file", "allow_pickle")  # the last two are arguments of np.savez
@@ -155,12 +156,12 @@ class Store:
 
 def default_store():
     """The store of notebooks and scorecard: the environment variable DORI_CACHE, else cache/ in the repository."""
-    return Store(os.environ.get("DORI_CACHE") or Path(__file__).resolve().parents[2] / "cache")
+    return Store(os.environ.get("DORI_CACHE") or ROOT / "cache")
 
 
 def data_folder():
     """Where downloaded things are looked for: the environment variable DORI_DATA, else data/ in the repository."""
-    return Path(os.environ.get("DORI_DATA") or Path(__file__).resolve().parents[2] / "data")
+    return Path(os.environ.get("DORI_DATA") or ROOT / "data")
 
 
 def canonical_json(config):
