@@ -9,13 +9,8 @@ from contextlib import contextmanager, suppress
 import psutil
 
 OBJECT_BYTES = 10**8  # of Ray's shared memory, by default a third of the machine's: cases and results are small
-
-
 RETRIES = 20  # of a case whose worker died: fewer are over before Ray has noticed that a node is gone
-
-
 START_SECONDS = 900  # for Ray to start; and for all workers of a cluster to be there and to have loaded the model
-
 
 RAY_SETTINGS = {  # of a Ray that the sweep starts itself, read from the environment
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers

@@ -24,7 +24,6 @@ from dori_utils.core.hashes import known
 # CPU: 32 testbed images (16 x 16 latents), or two of Stable Diffusion (64 x 64).
 LATENT_PIXELS_PER_CPU_BATCH = 8192
 
-
 # CUDA, for each byte of the dtype: 1.6 GB for a guided 512-pixel image in float16. An estimate on the safe side.
 CUDA_BYTES_PER_LATENT_PIXEL = 200_000
 

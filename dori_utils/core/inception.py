@@ -15,8 +15,6 @@ from dori_utils.core.pictures import open_picture, to_rgb
 from dori_utils.core.store import data_folder
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # ends in the first digits of its SHA-256
-
-
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 
 

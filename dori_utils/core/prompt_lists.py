@@ -22,10 +22,7 @@ NEMO_URL = (
     "c8de0c620ec511cdb9e937905d1503cd9758910b/prompts"
 )
 
-
 MIN_SIDE = 16  # pixels; hosts answer for a lost image with a 1 x 1 one
-
-
 MAX_BYTES = 64 * 2**20  # of one file; nobody's answer may fill the memory
 
 
