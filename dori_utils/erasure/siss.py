@@ -87,7 +87,7 @@ def _siss_loss(pipe, targets, config):
         m_t, _ = noised(pipe, torch.where(around_a[:, None, None, None], a, x), noise, timesteps)
         embeds = torch.where(around_a[:, None, None], prompts[chosen], encode_prompts(pipe, captions))
         predicted = predict(unet, m_t, timesteps, embeds)
-        (loss_x, log_x), (loss_a, log_a) = [_explained(pipe, clean, m_t, timesteps, predicted) for clean in (x, a)]
+        (loss_x, log_x), (loss_a, log_a) = [explained(pipe, clean, m_t, timesteps, predicted) for clean in (x, a)]
         certain = torch.where(around_a, torch.inf, -torch.inf)
         log_ratio = torch.where(same.to(x.device), log_a - log_x, certain)
         w_x, w_a = importance_weights(log_ratio, config.mixture)
@@ -112,7 +112,7 @@ class KeptPairs(Dataset):
         return number, preprocess(self.pipe, image)[0], caption, caption == self.targets[number].prompt
 
 
-def _explained(pipe, clean, m_t, timesteps, predicted):
+def explained(pipe, clean, m_t, timesteps, predicted):
     """If m_t came from the clean latents: the loss (B,), summed over C, H, W, and log q(m_t | clean), up to a constant.
 
     The constant, of t alone, is the same for all clean latents.
