@@ -31,8 +31,9 @@ test-slow: $(STAMP) ## Stable Diffusion 1.4 and 2.1 at full size, with random we
 test-lowest: $(LOWEST)/.installed ## tests of models and edits with the lowest versions that pyproject.toml allows (Python 3.11 or 3.12)
 	$(LOWEST)/bin/python -m pytest -m "not slow and not full_size" $(patsubst %,tests/test_%.py,models weights edits generation)
 
-lint: $(STAMP) ## ruff, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
+lint: $(STAMP) ## ruff, linter and formatter, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check -q dori_utils tools tests
 	$(BIN)/nbstripout --verify --keep-id $(wildcard notebooks/*.ipynb) < /dev/null
 
 lab: $(STAMP) $(COPIES) ## open copies of the notebooks, in lab/, in JupyterLab
