@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_utils.attack import AttackConfig, attack, cases_together
+from dori_utils.attack import AttackConfig, _generator, attack, cases_together, descend
 from dori_utils.core.diffusion import denoising_loss, encode_images, encode_prompts
 from dori_utils.core.edits import Edit, applied
 from dori_utils.core.generation import generate
@@ -229,3 +229,24 @@ def test_what_does_not_fit_the_targets_is_refused(sd1):
         attack(sd1, [one], seeds=[0, 1])
     with pytest.raises(ValueError, match="starts has the shape"):
         attack(sd1, [one], starts=torch.zeros(1, 2, 3))
+
+
+def test_the_bare_iterator_is_the_attack(sd1):
+    """What notebook 03 writes out, `descend`, and `attack` are one thing."""
+    one, config = target("one"), AttackConfig(steps=3, batch_size=2)
+    found = attack(sd1, [one], config, progress=False)
+    start = encode_prompts(sd1, [one.prompt]).float()
+    steps = descend(sd1, [one.image], start, [_generator(one, config.seed)], lr=config.lr, draws=config.batch_size)
+    taken = [step for step, _ in zip(steps, range(3), strict=False)]
+    assert torch.equal(taken[-1].embeds.cpu(), found.prompt_embeds)
+    assert [float(step.losses) for step in taken] == found.losses[0].tolist()
+    steps.close()
+
+    x, y = encode_images(sd1, [one.image]).repeat(2, 1, 1, 1), start.clone().requires_grad_()
+    adam, generator = torch.optim.Adam([y], lr=0.1), _generator(one, config.seed)
+    for _ in range(3):
+        noise = torch.randn(x.shape, generator=generator)
+        t = torch.randint(sd1.scheduler.config.num_train_timesteps, (2,), generator=generator)
+        (y.grad,) = torch.autograd.grad(denoising_loss(sd1, x, y.repeat(2, 1, 1), noise, t).mean(), y)
+        adam.step()
+    torch.testing.assert_close(y.detach(), found.prompt_embeds, rtol=0, atol=2e-2)  # a rounding apart, and Adam's sign
