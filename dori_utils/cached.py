@@ -162,7 +162,7 @@ def _trigger_arrays(found: Triggers) -> dict:
     }
 
 
-COUNTS = ("statistics", "order", "authors")  # of the options of `localize_each`
+USUAL = {"statistics": None, "order": "ascending", "authors": False}  # options of `localize_each` that count for a case
 
 
 def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None, **kwargs) -> list[Edit]:
@@ -184,7 +184,8 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
             found = localize_each(pipe, [targets[i] for i in chosen], config=config, **embeds, **kwargs)
         return [edit.to_arrays() for edit in found]
 
-    shared = {"pipe": pipe, "config": config} | {name: kwargs[name] for name in COUNTS if name in kwargs}
+    unusual = {name: kwargs[name] for name, usual in USUAL.items() if kwargs.get(name, usual) != usual}
+    shared = {"pipe": pipe, "config": config} | unusual
     results = kept_each(store, method, cases, compute, batch_size=64, **shared)
     return [Edit.from_arrays(arrays) for arrays in results]
 
