@@ -57,7 +57,7 @@ def globals_of(table) -> set[str]:
 
 def kept_functions(code: str) -> list[str]:
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    return [ast.unparse(call.args[2]) for call in calls if isinstance(call.func, ast.Name) and call.func.id == "kept"]
+    return [ast.unparse(call.args[1]) for call in calls if getattr(call.func, "attr", None) == "kept"]
 
 
 @pytest.mark.parametrize("number", sorted(NOTEBOOKS))
