@@ -53,7 +53,7 @@ STAGES = {
     # 60 more rose to 0.92, for good.
     "base": Stage(steps=5000, lr=8e-4, warmup=300, **UNET),
     "base_again": Stage(steps=BASE_DRAWS // BATCH - 5000, lr=8e-4, warmup=300, **UNET),
-    "fork": Stage(steps=FORK_DRAWS // BATCH, lr=3e-4, warmup=50, **UNET),
+    "fork": Stage(steps=FORK_DRAWS // BATCH, lr=5e-4, warmup=50, **UNET),
     "judge": Stage(steps=1500, batch_size=64, lr=2e-3, ema=0.99),
 }
 BASE_STAGES = ("base", "base_again")  # the second goes on from the average of the first
