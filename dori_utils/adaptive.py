@@ -45,7 +45,7 @@ def time_to_copy(pipe, targets, config, sscd, transform, *, edits=None, progress
         pipe: a `StableDiffusionPipeline`, without an edit applied to it.
         targets: N `Target`s with an image.
         config: a `Config`.
-        sscd: of `similarity.load_sscd`; transform: a name in `similarity.TRANSFORMS`.
+        sscd: of `sscd.load_sscd`; transform: a name in `sscd.TRANSFORMS`.
         edits: None, or one `Edit` or None for each target.
 
     Returns:

@@ -94,7 +94,7 @@ def attack(
         rows: cases x draws in one batch of the U-Net, at most.
         checkpointing: gradient checkpointing, slower by a third, for GPUs with little memory.
         callback: called after each step with {"step", "steps", "cases", "losses", "prompt_embeds"}: case numbers, their
-            losses (n,) before the step and embeddings (n, T, D) after it.
+            losses (n,) before the step and embeddings (n, T, D) after it. Of several restarts each begins at step 1.
 
     Returns:
         `Triggers`, one for each case.
@@ -129,7 +129,8 @@ def attack(
                     group_of = [values[part] for values in (targets, edits, embeds, generators, cases)]
                     found.append(_attack_together(pipe, *group_of, config, part.start, stop, callback, bar.update))
         attempts.append(_joined(found))
-    found = attempts[0] if config.restarts == 1 else _best(pipe, attempts, targets, edits, config, rows)
+    with known(pipe):
+        found = attempts[0] if config.restarts == 1 else _best(pipe, attempts, targets, edits, config, rows)
     diverged = [f"{case['target']} at step {case['steps']}" for case in found.cases if case["stopped"] == "diverged"]
     if diverged:
         warnings.warn(f"The loss is no longer a number for {', '.join(diverged)}: try a smaller lr.", stacklevel=2)
@@ -137,7 +138,7 @@ def attack(
 
 
 def cases_together(count, config, rows):
-    """How many of `count` cases go through the U-Net together: as many as `rows` allow, in batches of one size."""
+    """How many of `count` cases go through the U-Net together: as many as `rows` allow, shared out evenly."""
     most = max(1, rows // config.batch_size)
     return math.ceil(count / math.ceil(count / most))
 

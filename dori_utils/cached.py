@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from dori_utils import __version__
 from dori_utils.adaptive import time_to_copy
 from dori_utils.attack import attack, cases_together
 from dori_utils.core.cache import kept, kept_each, key_of
@@ -126,6 +127,8 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
         targets, config, edits, starts, seeds, rows: as `attack` takes them; edits None or one for each.
         kwargs: what else it takes and its result does not depend on: progress, checkpointing, callback.
     """
+    if not targets:
+        raise ValueError("No targets: give at least one.")
     edits = list(edits) if edits else [None] * len(targets)
     seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
     cases = [
@@ -142,7 +145,8 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
         return [_trigger_arrays(found[[i]]) for i in range(len(found))]
 
     together = cases_together(len(cases), config, rows)
-    results = kept_each(store, "DoRI", cases, compute, batch_size=together, pipe=pipe, config=config)
+    with known(pipe):
+        results = kept_each(store, "DoRI", cases, compute, batch_size=together, pipe=pipe, config=config)
     return Triggers(
         torch.stack([torch.from_numpy(result["prompt_embeds"]) for result in results]),
         torch.stack([torch.from_numpy(result["losses"]) for result in results]),
@@ -180,13 +184,13 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
 
     def compute(chosen: list[int]) -> list[dict]:
         embeds = {} if prompt_embeds is None else {"prompt_embeds": prompt_embeds[chosen]}
-        with known(pipe):
-            found = localize_each(pipe, [targets[i] for i in chosen], config=config, **embeds, **kwargs)
+        found = localize_each(pipe, [targets[i] for i in chosen], config=config, **embeds, **kwargs)
         return [edit.to_arrays() for edit in found]
 
     unusual = {name: kwargs[name] for name, usual in USUAL.items() if kwargs.get(name, usual) != usual}
     shared = {"pipe": pipe, "config": config} | unusual
-    results = kept_each(store, method, cases, compute, batch_size=64, **shared)
+    with known(pipe):
+        results = kept_each(store, method, cases, compute, batch_size=64, **shared)
     return [Edit.from_arrays(arrays) for arrays in results]
 
 
@@ -216,7 +220,8 @@ def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
         The edits after each epoch, and one more after recovery, the last one being the result; a single one from a
         function without epochs.
     """
-    key = key_of({"what": train.__name__, "config": config, "pipe": pipe, "targets": list(targets), "data": data})
+    what = {"what": train.__name__, "dori_utils": __version__}
+    key = what | key_of({"config": config, "pipe": pipe, "targets": list(targets), "data": data})
     epochs = range(1, getattr(config, "epochs", 1) + bool(getattr(config, "recovery", 0)) + 1)
     work = store.folder / "training" / hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32]
 
@@ -258,7 +263,8 @@ def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd
         return time_to_copy(pipe, [targets[i] for i in chosen], config, sscd, transform, edits=own)
 
     shared = {"pipe": pipe, "config": config, "sscd": sscd, "transform": TRANSFORMS[transform]}
-    results = kept_each(store, "adaptive attack", cases, compute, batch_size=32, **shared)
+    with known(pipe):
+        results = kept_each(store, "adaptive attack", cases, compute, batch_size=32, **shared)
     table = pd.DataFrame([{name: value.item() for name, value in result.items()} for result in results])
     return table.assign(target=[target.id for target in targets])
 

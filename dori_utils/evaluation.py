@@ -104,7 +104,7 @@ def audit(
         sscd: an `SSCD`; default: `load_sscd()`.
         edits: mitigation's name → one `Edit` for all targets, a list with one for each, or None for the model as it
             is; default: {"none": None}.
-        clip: of `metrics.load_clip`, for the column alignment.
+        clip: of `clip.load_clip`, for the column alignment.
         attack: settings of DoRI; default: no attack.
         controls: targets that the model has never seen, for the same treatment; of a list of K edits, control i gets
             number i % K.
@@ -143,7 +143,8 @@ def audit(
             rows += _audited(pipe, everyone, name, each, *settings)
         about = provenance(pipe, preset, sscd, clip)
     if control_pipe is not None:
-        rows += _audited(control_pipe, targets, "control model", None, *settings)
+        with known(control_pipe):
+            rows += _audited(control_pipe, targets, "control model", None, *settings)
     table = pd.DataFrame(rows)
     table.attrs = about
     if attack is not None:
@@ -191,7 +192,7 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, incepti
     Args:
         captions: C ordinary prompts.
         reference: PIL images that the generations should be distributed like, such as real ones of these captions.
-        clip: of `metrics.load_clip`.
+        clip: of `clip.load_clip`.
         edits: as `audit` takes them; of a list of K edits, each made for another target, caption i gets number i % K.
         inception: file of Inception's weights, for FID and KID; None: without them.
 
@@ -199,7 +200,7 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, incepti
         A row for each mitigation: alignment, mean A_CLIP of C captions; change, its difference to the same captions and
         seeds without mitigation, with a 95% interval over captions (low, high); frechet, the Fréchet distance of CLIP's
         image features to the reference's, images one for each caption and seed: compare only rows of one table. With
-        `inception` the fields of `metrics.InceptionDistances`, too.
+        `inception` the fields of `inception.InceptionDistances`, too.
     """
     real, texts, rows = clip.embed_images(reference), clip.embed_texts(captions), []
 
@@ -207,6 +208,8 @@ def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, incepti
         return cached_clip_embeddings(pipe, captions, preset.seeds, preset, store, clip, each)
 
     with known(pipe):
+        each_edit = [edit if isinstance(edit, list | tuple) else [edit] for edit in edits.values()]
+        check_fits(pipe, [edit for each in each_edit for edit in each])
         without = embedded()
         plain = np.einsum("csd,cd->c", without, texts) / len(preset.seeds)
         for name, edit in edits.items():
@@ -242,7 +245,7 @@ def provenance(pipe, preset, sscd=None, clip=None) -> dict:
     if sscd is not None:
         judges["sscd"] = f"{sscd.name}, transform {preset.sscd_transform}"
     if clip is not None:
-        judges["clip"] = Path(clip.model.name_or_path).name
+        judges["clip"] = f"{Path(clip.model.name_or_path).name} {clip.fingerprint[:8]}"
     return {
         "model": preset.model,
         "weights": current_hash(pipe),

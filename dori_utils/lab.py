@@ -1,6 +1,6 @@
 """Lab: one model, one preset, a store and a judge: what every notebook begins with.
 
-Each method is one call of `cached` or `evaluation` with what the lab has; nothing is decided here.
+Each method is one call of `cached`, `evaluation` or `core` with what the lab has.
 """
 
 import copy
@@ -25,7 +25,8 @@ from dori_utils.presets import PRESETS
 
 
 class Lab:
-    """
+    """A model, its preset, what goes with it, and where results are kept.
+
     Args:
         model: as `load_pipeline` takes it.
         preset: a key of `PRESETS`.

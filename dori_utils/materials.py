@@ -10,8 +10,8 @@ put into `data/` (or the folder that the environment variable DORI_DATA names):
         nemo_statistics.safetensors  of `Statistics.save`; else they are taken from the ordinary captions
         paraphrases.csv              prompt,paraphrase: for Concept Ablation, three or more of each prompt
     data/coco/                       annotations/captions_val2014.json and val2014/; or captions.csv: caption,image
-    data/clip/                       CLIP ViT-B/32: `metrics.load_clip` says how to get it
-    data/weights-inception-….pth     optional: Inception's weights, for FID and KID: `metrics.inception_distances`
+    data/clip/                       CLIP ViT-B/32: `clip.load_clip` says how to get it
+    data/weights-inception-….pth     optional: Inception's weights, for FID and KID: `inception.inception_distances`
 
 Each thing is looked for when it is used, so a notebook needs no more than it shows.
 """
@@ -66,7 +66,7 @@ class Pairs(Sequence):
 
 
 def load_materials(model: str = "testbed"):
-    """The materials of a model: a key of `models.MODELS`, a folder, or a Hub id."""
+    """The materials of a model: a key of `hub.MODELS`, a folder, or a Hub id."""
     return BundledMaterials(model) if model in BUNDLED else FolderMaterials(model)
 
 

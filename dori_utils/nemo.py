@@ -18,8 +18,8 @@ blocks of the U-Net; blocking it sets that output to zero, which is zeroing one 
 tau and what is usual for a neuron are `nemo_statistics.Statistics`. Which of many sufficient sets of neurons refinement
 ends at depends on the order in which it tries them (`ORDERS`).
 
-`localize_plainly` is the method as it stands here. `localize_each` comes to the same decisions in a fifth of the time,
-for many targets at once: see `nemo_search`.
+`localize_plainly` is the method as it stands here. `localize_each` is several times as fast, for many targets at once,
+and comes to the same decisions but for two shortcuts: see `nemo_search`.
 
 Shapes: N prompts, S seeds; R rounds of selection; a set of neurons (neurons,) bool over all layers, one after another.
 """
@@ -51,7 +51,7 @@ class Config:
     theta_step: float = 0.25  # down each round, while k goes up by one
     min_theta: float = 1.0
     rounds: int = 16  # then selection gives up and tau becomes its score; the authors' code does when theta would be 1
-    similarity: str = "ms_ssim"  # of two changes of the noise, see `detection.pairwise_similarity`; tau belongs to it
+    similarity: str = "ms_ssim"  # of two changes of the noise, see map_similarity; tau belongs to it
     num_inference_steps: int = 50  # of the schedule whose first timestep is used
     second_timestep: bool = False  # the authors' code evaluates the initial noise at the second timestep
     margin: float = 0.05  # of similarity, for what need not be tried; infinity: try everything. Ours, for speed
@@ -60,7 +60,7 @@ class Config:
 
 def value_layers(unet, pattern: str = Config.layers) -> dict:
     """Name → value layer, in the order of the forward pass; a ValueError if no layer has a name that fits."""
-    return hooks.layers(unet, pattern)
+    return hooks.layers(unet, pattern, torch.nn.Linear)
 
 
 @torch.no_grad()
@@ -157,7 +157,10 @@ def neuron_groups(chosen: torch.Tensor, turns: torch.Tensor, layers: dict) -> li
 def localize_plainly(
     pipe, target, statistics, config: Config | None = None, *, order="ascending", callback=None
 ) -> Edit:
-    """NeMo for one target, one set of neurons after the other on all counted seeds; arguments as of `localize_each`."""
+    """NeMo for one target, one set of neurons after the other, each on all counted seeds.
+
+    Its arguments mean what they mean in `localize_each`.
+    """
     config = config or Config()
     layers, base = value_layers(pipe.unet, config.layers), base_hash(pipe)
     statistics.check(base, layers, config.similarity)

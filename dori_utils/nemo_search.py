@@ -1,4 +1,4 @@
-"""NeMo's search, many sets of neurons at a time: the decisions of `nemo.localize_plainly` in a fifth of the time.
+"""NeMo's search, many sets of neurons at a time: the decisions of `nemo.localize_plainly` several times as fast.
 
 The decisions are those of trying one set after the other, but sets do not go through the U-Net one by one. All targets
 search at once; each asks for several sets ahead, as they would come if its next decisions were as guessed: in

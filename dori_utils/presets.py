@@ -21,7 +21,7 @@ class Preset:
     num_inference_steps: int
     guidance_scale: float
     seeds: tuple[int, ...]  # of the generations that MR is taken over; NeMo's search has seen them, see `nemo`
-    sscd_transform: str  # a name in similarity.TRANSFORMS
+    sscd_transform: str  # a name in sscd.TRANSFORMS
     detection_seeds: tuple[int, ...]  # of first-step similarity and noise magnitude
     ordinary_captions: int  # that mitigations should not change; and four real pictures for each
     pruned_targets: int  # how many memorized prompts mitigations are tried on; settings are chosen on the others

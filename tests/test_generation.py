@@ -8,8 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
-from dori_utils.core import diffusion as generation
-from dori_utils.core import hashes
+from dori_utils.core import generation, hashes
 from dori_utils.core.diffusion import decode, denoise, encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied
 from dori_utils.core.generation import generate

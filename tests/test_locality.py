@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from dori_utils import nemo, wanda
 from dori_utils.cached import cached_edits
 from dori_utils.core.diffusion import encode_prompts, initial_latents
-from dori_utils.core.edits import Edit, iou, iou_by_layer
+from dori_utils.core.edits import Edit
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.metrics import bootstrap_interval
@@ -45,6 +45,17 @@ from dori_utils.presets import PRESETS
 
 WORDS = ["a cat", "the red car", "a violin on a striped background"]
 IMAGES = np.repeat(["a", "b", "c", "d"], 6)
+
+
+def iou_by_layer(edit, other):
+    """Of each layer, counted one weight after the other."""
+    pairs = {name: (mask.bool(), other.masks[name].bool()) for name, mask in edit.masks.items()}
+    return {n: float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0 for n, (a, b) in pairs.items()}
+
+
+def iou(edit, other):
+    (value,) = iou_by_layer(edit, other).values()
+    return value
 
 
 def clusters(spread):

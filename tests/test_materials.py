@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dori_utils import nemo
+from dori_utils import cached, nemo
 from dori_utils.core.store import Store
 from dori_utils.materials import Pairs, load_materials
 from dori_utils.nemo_statistics import collect_statistics
@@ -80,7 +80,7 @@ def test_statistics_of_any_model_come_from_the_ordinary_captions_once(data, sd1,
     first = materials.statistics(sd1, config, store)
     assert set(nemo.value_layers(sd1.unet, r"attn2\.to_v$")) == set(first.mean) == set(first.std)
     assert first.fingerprint() == collect_statistics(sd1, data[2], config, progress=False).fingerprint()
-    monkeypatch.setattr(nemo, "collect_statistics", None)  # not again
+    monkeypatch.setattr(cached, "collect_statistics", None)  # not again
     again = load_materials("mine").statistics(sd1, config, store)
     assert again.fingerprint() == first.fingerprint() and again.model == first.model
 

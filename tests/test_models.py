@@ -121,7 +121,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_missing_testbed_says_how_to_make_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "TESTBED", tmp_path / "testbed")
+    monkeypatch.setitem(hub.BUNDLED, "testbed", tmp_path / "testbed")
     monkeypatch.setitem(MODELS, "testbed", str(tmp_path / "testbed"))
     with pytest.raises(FileNotFoundError, match="tools.training"):
         load_pipeline("testbed")

@@ -1,6 +1,6 @@
 """What notebooks keep in the store is kept under all that it depends on: no old answer to a new question.
 
-A key written by hand forgets things. So notebooks call `audit.kept`, whose key is everything that the function is
+A key written by hand forgets things. So notebooks call `Lab.kept`, whose key is everything that the function is
 given, and that function has nothing but what it is given.
 """
 

@@ -160,9 +160,9 @@ def test_what_may_pass_is_tried_again_and_what_will_not_is_not(web, publish, tmp
 
 def test_waits_double_between_tries(web, monkeypatch):
     waits = []
-    monkeypatch.setattr(targets.time, "sleep", waits.append)
+    monkeypatch.setattr(prompt_lists.time, "sleep", waits.append)
     web.pages["/busy"] = 503
-    with pytest.raises(targets.requests.HTTPError):
+    with pytest.raises(prompt_lists.requests.HTTPError):
         prompt_lists._get(f"{web.url}/busy", attempts=4, backoff=1.0, timeout=PATIENCE)
     assert waits == [1.0, 2.0, 4.0]
 
@@ -184,7 +184,7 @@ def test_a_host_that_does_not_exist_or_answer_is_a_reason(publish, web, tmp_path
 
 
 def test_an_endless_answer_is_cut(web, publish, tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(prompt_lists, "MAX_BYTES", 100_000)
     web.pages["/big.bmp"] = image_bytes("red", size=(300, 300), format="BMP")
     dead = download_targets("tiny", tmp_path, base_url=publish("/big.bmp"), **FAST)
     assert dead["reason"].tolist() == ["larger than 100000 bytes"]
@@ -310,8 +310,8 @@ def test_ctrl_c_starts_no_further_images(web, publish, tmp_path, monkeypatch):
         yield next(reasons)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(targets, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(targets, "tqdm", interrupted)
+    monkeypatch.setattr(prompt_lists, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(prompt_lists, "tqdm", interrupted)
     paths = [f"/{i}.png" for i in range(200)]
     web.pages |= {path: image_bytes("red") for path in paths}
     base_url, answer = publish(*paths), web._answer

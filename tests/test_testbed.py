@@ -20,6 +20,7 @@ from dori_utils.presets import PRESETS
 from dori_utils.testbed import judge
 from dori_utils.testbed.data import TrainingSet, held_out_scenes, planned
 from tools import training as train
+from tools.autoencoder import new_vae
 
 BOTH = pytest.mark.parametrize("model", BUNDLED)
 
@@ -86,7 +87,7 @@ def test_what_training_saves_next_has_those_names_too(came_from, tmp_path):
     if came_from == "a file":
         clip.save_pretrained(tmp_path / "once")
         clip = type(clip).from_pretrained(tmp_path / "once")
-    train.save_pipeline(tmp_path, train.new_vae(), clip, tokenizer, train.new_unet())
+    train.save_pipeline(tmp_path, new_vae(), clip, tokenizer, train.new_unet())
     train.save_tooling(tmp_path, clip, tokenizer, judge.new_judge())
     assert_names_are_the_published_ones(tmp_path)
     text, whole = (load_file(tmp_path / folder / "model.safetensors") for folder in ("text_encoder", "clip"))

@@ -20,8 +20,8 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from dori_utils import attack as attack_module
 from dori_utils.attack import AttackConfig, attack
+from dori_utils.core import diffusion
 from dori_utils.core.diffusion import encode_prompts, predict
 from dori_utils.core.edits import Edit
 from dori_utils.core.generation import generate
@@ -204,7 +204,7 @@ def test_an_error_is_kept_and_the_next_one_runs(sd1, sscd, monkeypatch):
         return predictions[-1] if len(predictions) == 1 else predictions[-1] * torch.nan
 
     with monkeypatch.context() as patched:
-        patched.setattr(attack_module, "predict", broken)
+        patched.setattr(diffusion, "predict", broken)
         ended(live, TARGETS[0], None, CONFIG)
     assert "no longer a number at step 2: try a smaller learning rate" in str(live.error)
     ended(live, TARGETS[0], None, CONFIG)

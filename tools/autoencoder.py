@@ -152,7 +152,7 @@ def pass_on(conv, count: int, source: int = 0) -> None:
 
 
 def grow_parity(block, number: int) -> None:
-    """Three times: parity = 1 - parity of the neighbour above or to the left; 0 outside of the map."""
+    """In each of a block's convolutions: parity = 1 - parity of the neighbour above or to the left, 0 outside."""
     for axis in range(2):
         place, (up, left) = number + axis, ((1, 0), (0, 1))[axis]
         for conv, source, target in zip(block, (place, axis, axis), (axis, axis, place), strict=True):

@@ -8,7 +8,7 @@
 The testbed's notebooks run two at a time, each on half of the cores. The U-Net gains little from that (of two cores a
 sixth on a Xeon, nothing on an AMD EPYC), but whatever has one thread anyway, loading, drawing, looking into the cache,
 does: most of a run whose results are all there. What a notebook needs (a list in its metadata, beside the `minutes`
-that it takes so) is through before it begins. Of two that want the same training one trains (`audit.cached_training`),
+that it takes so) is through before it begins. Of two that want the same training one trains (`cached.cached_training`),
 and what the other has saved before a further batch is not computed again (`Store.map`); what both begin at the same
 moment, both compute.
 

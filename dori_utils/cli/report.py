@@ -64,7 +64,7 @@ def write_report(folder, pipe, targets, controls, preset, store, attack, edits=N
         folder: made if it is not there; files of an earlier report in it are replaced.
         targets, controls: lists of `Target`s with images; the model has never seen the controls' images.
         attack: an `AttackConfig`.
-        edits: as `audit.audit` takes them; default: the model as it is.
+        edits: as `evaluation.audit` takes them; default: the model as it is.
 
     Returns:
         Path of report.html.
@@ -234,13 +234,13 @@ def _of_triggers(count, of, some, never, never_of):
         advice = (
             "Attack with more steps (--steps 500), from noise (--start noise), several times (--restarts 4), with "
             "another learning rate (--lr 0.05); does the same attack find them without the edit? And see what the edit "
-            "cost (audit.ordinary_cost): a model that can no longer draw gives no copies either."
+            "cost (evaluation.ordinary_cost): a model that can no longer draw gives no copies either."
         )
         return f"{come}: not found with this attack, which is no proof that they are gone.", advice
     if _clearly_more(count, of, never, never_of):
         advice = (
             "A mitigation must hold against this attack, too, as fine-tuning against triggers tries (notebook 08). "
-            "Audit it again, and see what it cost (audit.ordinary_cost)."
+            "Audit it again, and see what it cost (evaluation.ordinary_cost)."
         )
         than = f"clearly more than of images that the model has never seen ({never} of {never_of})"
         each = ", if not each of them" if never else ""

@@ -47,7 +47,7 @@ from dori_utils.presets import Preset
 
 PRUNING = {"nemo": "NeMo", "wanda": "Wanda"}  # mitigations that are made for each target
 ATTACK_OPTIONS = {"steps": int, "lr": float, "start": str, "restarts": int}
-NUMBERS = ["steps", "seed", "sscd", "sscd_gen", "d_sscd"]  # columns of `audit.audit` that a case's entry holds
+NUMBERS = ["steps", "seed", "sscd", "sscd_gen", "d_sscd"]  # columns of `evaluation.audit` that a case's entry holds
 ROW = ["mitigation", "target", "attack", "steps", "seed"]  # what names a row
 
 
@@ -263,7 +263,7 @@ def read(store, configs):
 
 
 def tidy_rows(plan, cases, results, about) -> pd.DataFrame:
-    """Rows as `audit.audit` gives them, of all cases that have a result; `attrs` say what made them."""
+    """Rows as `evaluation.audit` gives them, of all cases that have a result; `attrs` say what made them."""
     parts = []
     for case, result in zip(cases, results, strict=True):
         if result is not None:

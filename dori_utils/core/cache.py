@@ -5,6 +5,7 @@ the fingerprints of all that it is given.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 
@@ -64,27 +65,30 @@ def key_of(value):
     Raises:
         TypeError: a value of a kind of which no key is known.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, str | int | float):
-        return value
+        return value if value != math.inf else "infinity"
     if isinstance(value, dict):
         return {name: key_of(item) for name, item in value.items()}
     if isinstance(value, list | tuple | range):
         return [key_of(item) for item in value]
     if isinstance(value, Image.Image):
-        return key_of(torch.from_numpy(np.array(to_rgb(value))))
-    if isinstance(value, np.ndarray):
-        return key_of(torch.from_numpy(value))
+        return key_of(np.array(to_rgb(value)))
     if isinstance(value, torch.Tensor):
-        array = value.detach().float().cpu().contiguous().numpy()
-        return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:32]
+        value = value.detach().float().cpu().contiguous().numpy()  # half precision is told by its numbers
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(f"{value.dtype} {value.shape}".encode() + value.tobytes()).hexdigest()[:32]
     if hasattr(value, "unet"):  # a pipeline
         return {"model": current_hash(value), **beside_weights(value)}
     if hasattr(value, "fingerprint"):  # an edit, statistics, an SSCD, a CLIP
         return value.fingerprint() if callable(value.fingerprint) else value.fingerprint
     if is_dataclass(value):
-        return {"of": type(value).__name__} | {f.name: key_of(getattr(value, f.name)) for f in fields(value)}
+        return {"of": f"{type(value).__module__}.{type(value).__name__}"} | {
+            f.name: key_of(getattr(value, f.name)) for f in fields(value)
+        }
     if isinstance(value, Sequence):
-        return [len(value), key_of(value[0]), key_of(value[len(value) - 1])]
+        return [len(value), *(key_of(value[index]) for index in range(0, len(value), max(1, len(value) - 1)))]
     raise TypeError(f"A {type(value).__name__} cannot be part of a key: give what it is made of.")
 
 

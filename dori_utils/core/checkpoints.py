@@ -26,7 +26,7 @@ def _load_single_file(file, base, dtype, local_files_only):
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise ValueError(
             f"{file} is no checkpoint of a whole model: it holds {', '.join(sorted(keys)[:2])}, and no name begins "
-            "with model.diffusion_model. A U-Net or a LoRA goes on top of a model: see weights.read_edit, or --edit."
+            "with model.diffusion_model. A U-Net or a LoRA goes on top of a model: cli.weights.read_edit, or --edit."
         )
     warn_of_averages(file, keys)
     folder = _locate(base or _base_of(file, keys), None, local_files_only, weights=False)

@@ -1,6 +1,8 @@
 """CLIP: does the image show what the caption says?
 
-Nothing is downloaded unless it is asked for: a model is a folder, or one that is in the local cache of the Hub.
+Alignment (A_CLIP) is the cosine of CLIP's image and text embedding; retrieval: does it pick the right caption among
+many? Nothing is downloaded unless it is asked for: weights are looked for in data/ (`store.data_folder`), and what is
+missing is named together with where to get it.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
-"""Generation: prompts or embeddings x seeds become images.
+"""Diffusion: prompts, images and noise, and what a model makes of them: its training loss, and the reverse process.
 
-The sampling loop of diffusers' `StableDiffusionPipeline.__call__`, opened up so that it takes a batch of unrelated
-cases: image i has its own embedding (a prompt, or a trigger that an attack found) and its own seed. It gives the same
-images as diffusers does for the same latents; the tests hold it to that.
+`denoise` is the sampling loop of diffusers' `StableDiffusionPipeline.__call__`, opened up so that it takes a batch of
+unrelated cases: row i has its own embedding (a prompt, or a trigger that an attack found) and its own noise. It gives
+the same latents as diffusers does; the tests hold it to that.
 
 Randomness belongs to the case. The noise of a seed is drawn on the CPU from a generator with that seed alone, so it is
 the same for every prompt, batch size, device and dtype, and whatever ran before.

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-BLOCKS = ("conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks")  # a U-Net lists its middle block last
+BLOCKS = ("time_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks")  # a U-Net lists its middle block last
 
 
 def layers(unet, pattern: str, kind=torch.nn.Module) -> dict:
-    """Name → layer of every layer of that kind whose name fits the regular expression, in the order in which they run.
+    """Name → layer of every layer of that kind whose name fits the regular expression, block by block as they run.
 
     Raises:
         ValueError: there is none.
@@ -37,9 +37,9 @@ def watched(layers: dict, keep: Callable, inputs: bool = False):
     def after(name):
         return lambda layer, args, out: keep(name, args[0] if inputs else out)
 
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
         for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(after(name)))
+            stack.enter_context(layer.register_forward_hook(after(name)))
         yield
 
 
@@ -55,19 +55,19 @@ def outputs(layers: dict):
 def scaled(layers: dict, factors: torch.Tensor):
     """Within it the outputs of linear layers are multiplied: factors (B, neurons) float, over all layers in order."""
     widths = [layer.out_features for layer in layers.values()]
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
         for layer, factor in zip(layers.values(), factors.split(widths, dim=1), strict=True):
             factor = factor[:, None].to(layer.weight)  # (B, 1, neurons of the layer)
-            hooks.enter_context(layer.register_forward_hook(lambda layer, args, out, factor=factor: out * factor))
+            stack.enter_context(layer.register_forward_hook(lambda layer, args, out, factor=factor: out * factor))
         yield
 
 
 @contextmanager
 def replayed(layers: list, given: list):
     """Within it these layers do not run, but return the outputs given."""
-    for layer, output in zip(layers, given, strict=True):
-        layer.forward = lambda *args, output=output, **kwargs: output
     try:
+        for layer, output in zip(layers, given, strict=True):
+            layer.forward = lambda *args, output=output, **kwargs: output
         yield
     finally:
         for layer in layers:

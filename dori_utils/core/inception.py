@@ -45,7 +45,7 @@ def inception_distances(images, reference, weights=None, *, batch_size=32, devic
 
     Args:
         images: N PIL images or paths, such as generations for the captions of the real pictures.
-        reference: M of the same, such as the pictures of `targets.read_pairs`.
+        reference: M of the same, such as the pictures of `tables.read_pairs`.
         weights: torch-fidelity's file; default: `INCEPTION` in data/.
         batch_size: images that go through the network together.
         device: default: the best there is.

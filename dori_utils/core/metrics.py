@@ -1,15 +1,10 @@
-"""Metrics: scores and features become the numbers of a table, each with the interval that it deserves.
+"""Metrics: scores become the numbers of a table, each with the interval that it deserves.
 
 * Memorization rate (MR): a target counts as memorized when its mean SSCD over seeds is above 0.7. Decided here, once.
 * Diversity (D_SSCD): mean pairwise SSCD among one prompt's generations. High means always the same picture.
-* Alignment (A_CLIP): cosine of CLIP's image and text embedding; retrieval: does it pick the right caption among many?
-* Fréchet distance between two sets of features (FID, when they are Inception's); FID and KID themselves, by
-  torchmetrics, where Inception's weights are present.
+* Fréchet distance between two sets of features: FID, when they are Inception's (inception.py).
 * Intervals: the bootstrap for means over targets, Wilson's for shares. The bootstrap of 0 out of 64 is [0, 0], which
   claims to know what 64 targets cannot tell; Wilson's is [0, 0.057].
-
-Nothing is downloaded unless it is asked for: weights are looked for in data/ (`store.data_folder`), and what is missing
-is named together with where to get it.
 
 Shapes: N targets or prompts, S seeds, D features.
 """

@@ -1,4 +1,4 @@
-"""Similarity: is this image a copy of that one? SSCD's answer, a cosine between -1 and 1.
+"""SSCD: is this image a copy of that one? SSCD's answer, a cosine between -1 and 1.
 
 SSCD (Pizzi et al., "A Self-Supervised Descriptor for Image Copy Detection", CVPR 2022) is a ResNet-50 that turns an
 image into a unit vector of D = 512 numbers, trained so that copies, also edited ones, end up close together. Above 0.75

@@ -1,5 +1,6 @@
-"""Fitting: the one training loop of this project, for the testbed and for mitigations that train; deterministic given a
-seed, and it goes on where it stopped.
+"""Training: the one training loop of this project, for the testbed and for mitigations that train.
+
+It is deterministic given a seed, and goes on where it stopped.
 """
 
 import copy

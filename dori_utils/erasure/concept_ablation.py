@@ -122,7 +122,7 @@ def select_anchors(pipe, targets, candidates, config=None, *, transform, sscd=No
         targets: N `Target`s with an image.
         candidates: for each target a list of prompts.
         config: an `AblationConfig`.
-        transform: of SSCD, a name in `similarity.TRANSFORMS`.
+        transform: of SSCD, a name in `sscd.TRANSFORMS`.
         sscd: an `SSCD`; default: `load_sscd()`.
 
     Returns:

@@ -1,6 +1,6 @@
 """Judge: a small network that says which sprites are in a picture, so that we can count what a model draws.
 
-It was trained on real scenes alone (`train.train_judge`), and on none that a U-Net, the CLIP or the decoder has seen.
+It was trained on real scenes alone (`tools.training.train_judge`), and on none that a U-Net or the CLIP has seen.
 """
 
 from pathlib import Path
