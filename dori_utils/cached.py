@@ -13,23 +13,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from filelock import FileLock
 from PIL import Image
 
 from dori_utils import __version__
-from dori_utils.adaptive import time_to_copy
 from dori_utils.attack import attack, cases_together
 from dori_utils.core.cache import kept, kept_each, key_of
 from dori_utils.core.edits import Edit
 from dori_utils.core.generation import generate
-from dori_utils.core.hashes import base_hash, known
+from dori_utils.core.hashes import known
 from dori_utils.core.inception import inception_distances
 from dori_utils.core.sscd import TRANSFORMS
 from dori_utils.core.store import canonical_json
 from dori_utils.core.triggers import Triggers
-from dori_utils.nemo_statistics import Statistics, collect_statistics
 
 
 def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[list[Image.Image]]:
@@ -194,20 +191,6 @@ def cached_edits(localize_each, pipe, targets, config, store, prompt_embeds=None
     return [Edit.from_arrays(arrays) for arrays in results]
 
 
-def cached_statistics(pipe, captions, config, store) -> Statistics:
-    """`nemo_statistics.collect_statistics` of ordinary captions, from the store."""
-
-    def compute(pipe, captions, config) -> dict:
-        with known(pipe):
-            found = collect_statistics(pipe, captions, config)
-        return {name: tensor.numpy() for name, tensor in found.tensors().items()} | {"tau": found.tau}
-
-    found = kept(store, "NeMo's statistics", compute, pipe=pipe, captions=list(captions), config=config)
-    tau = float(found.pop("tau"))
-    tensors = {name: torch.from_numpy(array) for name, array in found.items()}
-    return Statistics.from_tensors(tensors, tau, base_hash(pipe), config.similarity)
-
-
 def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
     """An edit by a mitigation that trains, such as `finetuning.finetune`, from the store; interrupted, it goes on.
 
@@ -240,33 +223,6 @@ def cached_training(train, pipe, targets, config, store, **data) -> list[Edit]:
         results = store.map([key | {"epoch": epoch} for epoch in epochs], compute, len(epochs), progress=False)
         shutil.rmtree(work, ignore_errors=True)  # checkpoint and copies: the edits are in the store now
     return [Edit.from_arrays(arrays) for arrays in results]
-
-
-def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd.DataFrame:
-    """`adaptive.time_to_copy`, one target a case of the store.
-
-    Args:
-        config: an `adaptive.Config`.
-        edits: None, or one `Edit` or None for each target.
-
-    Returns:
-        A row for each target: target, work, copied, attempt, steps, sscd.
-    """
-    edits = list(edits) if edits else [None] * len(targets)
-    cases = [
-        {"target": target.id, "prompt": target.prompt, "image": target.image, "edit": edit}
-        for target, edit in zip(targets, edits, strict=True)
-    ]
-
-    def compute(chosen: list[int]) -> list[dict]:
-        own = [edits[i] for i in chosen]
-        return time_to_copy(pipe, [targets[i] for i in chosen], config, sscd, transform, edits=own)
-
-    shared = {"pipe": pipe, "config": config, "sscd": sscd, "transform": TRANSFORMS[transform]}
-    with known(pipe):
-        results = kept_each(store, "adaptive attack", cases, compute, batch_size=32, **shared)
-    table = pd.DataFrame([{name: value.item() for name, value in result.items()} for result in results])
-    return table.assign(target=[target.id for target in targets])
 
 
 def cached_distances(pipe, captions, reference, preset, store, edits, weights) -> dict:

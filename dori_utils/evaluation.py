@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dori_utils import __version__
+from dori_utils.adaptive import time_to_copy
 from dori_utils.attack import AttackConfig
 from dori_utils.cached import (
     cached_attack,
@@ -21,11 +22,12 @@ from dori_utils.cached import (
     timed_cases,
 )
 from dori_utils.core.arguments import check_preset, listed
+from dori_utils.core.cache import kept_each
 from dori_utils.core.diffusion import count_evaluations
 from dori_utils.core.edits import Edit, check_fits
 from dori_utils.core.hashes import current_hash, known
 from dori_utils.core.metrics import bootstrap_interval, diversity, frechet_distance, memorization_rate
-from dori_utils.core.sscd import load_sscd
+from dori_utils.core.sscd import TRANSFORMS, load_sscd
 from dori_utils.core.targets import Target
 from dori_utils.detection import first_step_similarity, noise_magnitude
 
@@ -276,3 +278,30 @@ def summarize(rows: pd.DataFrame, by: str | list[str] = "kind", interval=bootstr
         mean = {"sscd": scores.mean(), "sscd_low": low, "sscd_high": high}
         groups.append(names | mean | asdict(memorization_rate(scores)))
     return pd.DataFrame(groups)
+
+
+def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd.DataFrame:
+    """`adaptive.time_to_copy`, one target a case of the store.
+
+    Args:
+        config: an `adaptive.Config`.
+        edits: None, or one `Edit` or None for each target.
+
+    Returns:
+        A row for each target: target, work, copied, attempt, steps, sscd.
+    """
+    edits = list(edits) if edits else [None] * len(targets)
+    cases = [
+        {"target": target.id, "prompt": target.prompt, "image": target.image, "edit": edit}
+        for target, edit in zip(targets, edits, strict=True)
+    ]
+
+    def compute(chosen: list[int]) -> list[dict]:
+        own = [edits[i] for i in chosen]
+        return time_to_copy(pipe, [targets[i] for i in chosen], config, sscd, transform, edits=own)
+
+    shared = {"pipe": pipe, "config": config, "sscd": sscd, "transform": TRANSFORMS[transform]}
+    with known(pipe):
+        results = kept_each(store, "adaptive attack", cases, compute, batch_size=32, **shared)
+    table = pd.DataFrame([{name: value.item() for name, value in result.items()} for result in results])
+    return table.assign(target=[target.id for target in targets])

@@ -23,10 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
-from dori_utils.cached import cached_statistics
+from dori_utils.core.cache import kept
 from dori_utils.core.clip import load_clip
+from dori_utils.core.hashes import base_hash, known
 from dori_utils.core.hub import BUNDLED, MODELS, TESTBED
 from dori_utils.core.inception import INCEPTION
 from dori_utils.core.pictures import open_picture
@@ -35,7 +37,7 @@ from dori_utils.core.sscd import nearest
 from dori_utils.core.store import data_folder
 from dori_utils.core.tables import first_empty_row, read_pairs, read_table
 from dori_utils.core.targets import load_targets, read_targets
-from dori_utils.nemo_statistics import Statistics, published_statistics
+from dori_utils.nemo_statistics import Statistics, collect_statistics, published_statistics
 
 
 @dataclass(frozen=True)
@@ -243,3 +245,17 @@ class FolderMaterials:
         scores = self.nearest(images, preset, store, sscd)["sscd"]
         levels = (0.5, 0.6, 0.7, 0.8)
         return pd.DataFrame([{"SSCD above": s, "matches": int((scores > s).sum()), "found": 1.0} for s in levels])
+
+
+def cached_statistics(pipe, captions, config, store) -> Statistics:
+    """`nemo_statistics.collect_statistics` of ordinary captions, from the store."""
+
+    def compute(pipe, captions, config) -> dict:
+        with known(pipe):
+            found = collect_statistics(pipe, captions, config)
+        return {name: tensor.numpy() for name, tensor in found.tensors().items()} | {"tau": found.tau}
+
+    found = kept(store, "NeMo's statistics", compute, pipe=pipe, captions=list(captions), config=config)
+    tau = float(found.pop("tau"))
+    tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+    return Statistics.from_tensors(tensors, tau, base_hash(pipe), config.similarity)

@@ -10,12 +10,13 @@ from PIL import Image
 from dori_utils import finetuning
 from dori_utils.adaptive import Config, time_to_copy
 from dori_utils.attack import AttackConfig
-from dori_utils.cached import cached_training, cached_work
+from dori_utils.cached import cached_training
 from dori_utils.core.edits import Edit
 from dori_utils.core.sscd import load_sscd
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target, load_targets
 from dori_utils.erasure.esd import ESDConfig, esd
+from dori_utils.evaluation import cached_work
 
 QUICK = finetuning.Config(epochs=2, batch_size=2, lr=1e-3, attack=AttackConfig(steps=1, batch_size=1))
 

@@ -20,6 +20,7 @@ from dori_utils.core.targets import Target
 from dori_utils.core.training import weights_in_training
 from dori_utils.finetuning import Config, Pairs, finetune
 from dori_utils.presets import PRESETS
+from dori_utils.surrogates import find_surrogates
 
 COLORS = ["red", "navy", "gold", "teal", "gray", "pink"]
 TARGETS = [
@@ -64,18 +65,18 @@ def test_surrogates_are_the_first_images_that_are_no_copies(tiny_testbed, tmp_pa
     settings = (tiny_testbed, TARGETS, [None, None], preset, store, sscd)
     prompts, seeds = [target.prompt for target in TARGETS], range(1000, 1004)
     images = cached_generate(tiny_testbed, prompts, seeds, preset, store)
-    assert finetuning.find_surrogates(*settings) == [row[:2] for row in images]
+    assert find_surrogates(*settings) == [row[:2] for row in images]
     originals = [target.image for target in TARGETS]
     scores = sscd_scores(images, originals, transform=preset.sscd_transform, sscd=sscd, progress=False)
     enough = np.sort(scores)[:, 1].max()  # two of each target's images are as dissimilar as that
     between = (enough + min(scores[scores > enough], default=1.0)) / 2
     settings = (*settings[:3], replace(preset, surrogate_sscd=between), *settings[4:])
-    found = finetuning.find_surrogates(*settings)
+    found = find_surrogates(*settings)
     for row, own, of_row in zip(images, found, scores, strict=True):
         few = [image for image, score in zip(row, of_row, strict=True) if score <= settings[3].surrogate_sscd]
         assert own == few[:2]
     with pytest.raises(ValueError, match=r"VM-\d: of 4 images by the pruned model only \d are no copies"):
-        finetuning.find_surrogates(*settings[:3], replace(preset, surrogate_sscd=scores.min()), *settings[4:])
+        find_surrogates(*settings[:3], replace(preset, surrogate_sscd=scores.min()), *settings[4:])
 
 
 # --- What a step takes ---

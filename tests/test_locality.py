@@ -29,19 +29,10 @@ from dori_utils.core.significance import (
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target, load_targets
-from dori_utils.locality import (
-    activation_discrepancy,
-    closest,
-    distances,
-    embedding_map,
-    probe,
-    random_triggers,
-    strongest,
-    wanda_neurons,
-    weight_agreement,
-)
+from dori_utils.locality import activation_discrepancy, distances, embedding_map, probe, wanda_neurons, weight_agreement
 from dori_utils.paper import LOCALITY
 from dori_utils.presets import PRESETS
+from dori_utils.random_triggers import closest, random_triggers, strongest
 
 WORDS = ["a cat", "the red car", "a violin on a striped background"]
 IMAGES = np.repeat(["a", "b", "c", "d"], 6)

@@ -15,7 +15,8 @@ from PIL import Image
 from dori_utils import wanda
 from dori_utils.attack import AttackConfig
 from dori_utils.cli.main import PRESET_NAMES, PROMPT_LIST_NAMES, _parse, main
-from dori_utils.cli.report import _words, conclusion, settings_table, verdicts, write_report
+from dori_utils.cli.report import _words, write_report
+from dori_utils.cli.verdicts import conclusion, settings_table, verdicts
 from dori_utils.core.edits import Edit
 from dori_utils.core.hashes import base_hash
 from dori_utils.core.models import load_pipeline, load_unet

@@ -10,13 +10,14 @@ from PIL import Image
 
 from dori_utils import wanda
 from dori_utils.attack import AttackConfig, attack
-from dori_utils.cached import cached_attack, cached_edits, cached_statistics
+from dori_utils.cached import cached_attack, cached_edits
 from dori_utils.core.edits import Edit, applied
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
 from dori_utils.evaluation import audit, detect
+from dori_utils.materials import cached_statistics
 from dori_utils.presets import PRESETS
 
 PRESET = PRESETS["smoke"]

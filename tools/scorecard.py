@@ -57,6 +57,7 @@ from dori_utils.evaluation import audit, ordinary_cost, scores_by_target
 from dori_utils.nemo_statistics import Statistics
 from dori_utils.plots import FIGURES, figures_folder
 from dori_utils.presets import PRESETS
+from dori_utils.surrogates import find_surrogates
 from dori_utils.testbed.data import FIRST_SEED, OrdinaryPairs, TrainingSet, held_out_scenes
 from dori_utils.testbed.judge import load_judge, named_found
 from dori_utils.testbed.scenes import place_anew, sample_scene, to_model_range
@@ -339,7 +340,7 @@ def gain(method: str):
 def tuning_data():
     """What adversarial fine-tuning of the preset's VM targets takes: (targets, surrogates and ordinary pairs)."""
     vm = load_targets("testbed", kind="VM")[: PRESET.pruned_targets]
-    surrogates = finetuning.find_surrogates(pipe(), vm, pruned("NeMo"), PRESET, default_store(), load_sscd())
+    surrogates = find_surrogates(pipe(), vm, pruned("NeMo"), PRESET, default_store(), load_sscd())
     return vm, {"surrogates": surrogates, "ordinary": OrdinaryPairs(100_000)}
 
 

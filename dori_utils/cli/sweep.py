@@ -30,7 +30,7 @@ from dori_utils import nemo, wanda
 from dori_utils.attack import AttackConfig
 from dori_utils.cached import cached_attack, cached_edits
 from dori_utils.cli.engines import started
-from dori_utils.cli.report import settings_table, verdicts
+from dori_utils.cli.verdicts import settings_table, verdicts
 from dori_utils.cli.weights import edit_names, read_edit
 from dori_utils.core.bars import tqdm
 from dori_utils.core.cache import beside_weights, key_of

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from dori_utils.core import checkpoints, models
+from dori_utils.core.arguments import first_three
 from dori_utils.core.edits import Edit, check_fits
-from dori_utils.core.hashes import changing
-from dori_utils.core.hub import PICKLED, first_line, first_three, quiet
-from dori_utils.core.models import differing_settings, load_unet
+from dori_utils.core.hashes import changing, differing_settings
+from dori_utils.core.hub import PICKLED, first_line, quiet
+from dori_utils.core.models import load_unet
 
 PEFT = "base_model.model."  # what names begin with in peft's own files
 SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")  # settings that matter

@@ -26,3 +26,9 @@ def check_preset(preset):
     """Raises a TypeError for a preset's name."""
     if isinstance(preset, str):
         raise TypeError(f"preset is the name {preset!r}: give the preset itself, PRESETS[{preset!r}].")
+
+
+def first_three(names):
+    """The first three names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

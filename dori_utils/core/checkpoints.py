@@ -2,8 +2,9 @@
 
 import warnings
 
+from dori_utils.core.arguments import first_three
 from dori_utils.core.hashes import WEIGHTS
-from dori_utils.core.hub import SD2_BASES, _locate, _repair, first_line, first_three, quiet
+from dori_utils.core.hub import SD2_BASES, _locate, _repair, first_line, quiet
 
 
 def check_tokenizer(folder):

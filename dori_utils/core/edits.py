@@ -20,10 +20,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from dori_utils.core.arguments import first_three
 from dori_utils.core.files import as_array, read_safetensors, write_safetensors
-from dori_utils.core.hashes import base_hash, changing, known, todays_hash
-from dori_utils.core.hub import first_three
-from dori_utils.core.models import differing_settings
+from dori_utils.core.hashes import base_hash, changing, differing_settings, known, todays_hash
 
 
 @dataclass(frozen=True, eq=False)

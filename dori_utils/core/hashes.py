@@ -5,6 +5,7 @@ all. So whoever works with a pipeline does it within `with known(pipe):`, where 
 """
 
 import hashlib
+import inspect
 import threading
 import weakref
 from contextlib import contextmanager
@@ -122,3 +123,18 @@ def current_hash(pipe):
     if state.now is None:
         state.now = model_hash(pipe)
     return state.now
+
+
+def differing_settings(own, other, ignored=()):
+    """Names of the settings in which two models or schedulers of diffusers differ, of those that their class has.
+
+    Whoever saves one may note more in its config, such as an average's decay. 8 and [8, 8, 8, 8] are the same setting.
+    """
+    names = [name for name in inspect.signature(type(own).__init__).parameters if name in own.config]
+    ours, theirs = ({name: _plain(part.config.get(name)) for name in names} for part in (own, other))
+    return [name for name in names if name not in ignored and ours[name] != theirs[name]]
+
+
+def _plain(setting):
+    setting = list(setting) if isinstance(setting, list | tuple) else setting
+    return setting[0] if isinstance(setting, list) and setting and setting == setting[:1] * len(setting) else setting

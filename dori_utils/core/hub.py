@@ -94,12 +94,6 @@ def _download_configuration(hub_id, revision, local_files_only):
     return Path(folder)
 
 
-def first_three(names):
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 @contextmanager
 def quiet():
     """Without the libraries' warnings while loading: what matters in them is raised here as an error."""

@@ -10,16 +10,16 @@ Only safetensors files are read. A pickled checkpoint can run code when it is op
 
 import ctypes
 import importlib
-import inspect
 import json
 import sys
 from pathlib import Path
 
 import torch
 
+from dori_utils.core.arguments import first_three
 from dori_utils.core.checkpoints import _check_cross_attention, _check_safetensors, _load_single_file, check_tokenizer
 from dori_utils.core.hashes import WEIGHTS
-from dori_utils.core.hub import BUNDLED, _locate, _repair, first_line, first_three, quiet
+from dori_utils.core.hub import BUNDLED, _locate, _repair, first_line, quiet
 
 
 @torch.inference_mode(False)  # else weights loaded under a caller's inference_mode could not be attacked
@@ -108,21 +108,6 @@ def default_device():
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def differing_settings(own, other, ignored=()):
-    """Names of the settings in which two models or schedulers of diffusers differ, of those that their class has.
-
-    Whoever saves one may note more in its config, such as an average's decay. 8 and [8, 8, 8, 8] are the same setting.
-    """
-    names = [name for name in inspect.signature(type(own).__init__).parameters if name in own.config]
-    ours, theirs = ({name: _plain(part.config.get(name)) for name in names} for part in (own, other))
-    return [name for name in names if name not in ignored and ours[name] != theirs[name]]
-
-
-def _plain(setting):
-    setting = list(setting) if isinstance(setting, list | tuple) else setting
-    return setting[0] if isinstance(setting, list) and setting and setting == setting[:1] * len(setting) else setting
 
 
 def _keep_memory():
