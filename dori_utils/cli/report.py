@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from dori_utils.cached import cached_attack, cached_generate
-from dori_utils.cli.verdicts import INTERVAL_TARGETS, conclusion, settings_table, verdicts
+from dori_utils.cli.verdicts import INTERVAL_TARGETS, _counted, conclusion, settings_table, verdicts
 from dori_utils.core.metrics import THRESHOLD
 from dori_utils.core.sscd import load_sscd, to_rgb
 from dori_utils.core.triggers import REPLAY
@@ -217,10 +217,6 @@ def _words(verdict, last):
     if prompt:
         return f"comes back from its prompt, but not from a trigger, after {_counted(last)}{lost}"
     return f"comes back neither from its prompt nor from a trigger, after {_counted(last)}{lost}"
-
-
-def _counted(steps):
-    return f"{steps:.0f} step{'' if steps == 1 else 's'}"
 
 
 def _file_name(name):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dori_utils.cli.report import _counted
 from dori_utils.core.metrics import THRESHOLD, share_interval
 from dori_utils.evaluation import summarize
 
@@ -156,3 +155,7 @@ def _of_triggers(count, of, some, never, never_of):
         return f"{come}, {than}: the attack may have put them in, and does not show that they are held.", advice
     advice = "Give more targets and controls (--limit): from four of each on, all against none is a clear difference."
     return f"{come}, of those never seen none of {never_of}: too few images to show that these are held.", advice
+
+
+def _counted(steps):
+    return f"{steps:.0f} step{'' if steps == 1 else 's'}"
