@@ -26,7 +26,7 @@ from dori_utils.core.cache import kept_each
 from dori_utils.core.diffusion import count_evaluations
 from dori_utils.core.edits import Edit, check_fits
 from dori_utils.core.hashes import current_hash, known
-from dori_utils.core.metrics import bootstrap_interval, diversity, frechet_distance, memorization_rate
+from dori_utils.core.metrics import bootstrap_interval, diversity, frechet_distance
 from dori_utils.core.sscd import TRANSFORMS, load_sscd
 from dori_utils.core.targets import Target
 from dori_utils.detection import first_step_similarity, noise_magnitude
@@ -255,29 +255,6 @@ def provenance(pipe, preset, sscd=None, clip=None) -> dict:
         "sampling": " ".join(f"{k}={v}" for k, v in preset.sampling.items()),
         "dori_utils": __version__,
     }
-
-
-def scores_by_target(rows: pd.DataFrame) -> np.ndarray:
-    """(targets, seeds) from tidy rows, in the order of the rows."""
-    return rows.pivot(index="target", columns="seed", values="sscd").loc[rows["target"].unique()].to_numpy()
-
-
-def summarize(rows: pd.DataFrame, by: str | list[str] = "kind", interval=bootstrap_interval) -> pd.DataFrame:
-    """One row for each group of targets: how many, mean SSCD_Orig, MR and both with 95% intervals.
-
-    One target has a mean without an interval (NaN).
-
-    Args:
-        interval: of the mean: (N,) numbers, one a target, N > 1, to (low, high).
-    """
-    groups = []
-    for name, group in rows.groupby(by, sort=False):
-        scores = scores_by_target(group)
-        low, high = interval(scores.mean(axis=1)) if len(scores) > 1 else (np.nan, np.nan)
-        names = dict(zip([by] if isinstance(by, str) else by, np.atleast_1d(np.array(name, dtype=object)), strict=True))
-        mean = {"sscd": scores.mean(), "sscd_low": low, "sscd_high": high}
-        groups.append(names | mean | asdict(memorization_rate(scores)))
-    return pd.DataFrame(groups)
 
 
 def cached_work(pipe, targets, config, store, sscd, transform, edits=None) -> pd.DataFrame:

@@ -277,7 +277,7 @@ def attack_bars(axes: Sequence[Axes], summary: pd.DataFrame, colors: Mapping[str
 
     Args:
         axes: two, for the one and the other.
-        summary: of `evaluation.summarize` by mitigation, kind and attack.
+        summary: of `metrics.summarize` by mitigation, kind and attack.
         colors: mitigation → colour, in the order of the bars: lighter for the prompts, full with DoRI.
         paper: mitigation → SSCD_Orig and rate that the paper has with DoRI, drawn as marks; of those that it has.
     """

@@ -19,11 +19,11 @@ from dori_utils.core.edits import Edit, applied
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.inception import InceptionDistances
-from dori_utils.core.metrics import diversity
+from dori_utils.core.metrics import diversity, scores_by_target, summarize
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
-from dori_utils.evaluation import audit, detect, ordinary_cost, scores_by_target, summarize
+from dori_utils.evaluation import audit, detect, ordinary_cost
 from dori_utils.presets import PRESETS
 
 PRESET = dataclasses.replace(PRESETS["testbed"], num_inference_steps=2, seeds=(0, 1), detection_seeds=(0, 1, 2))

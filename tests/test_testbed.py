@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from dori_utils.core.clip import load_clip, retrieval_accuracy
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.hub import BUNDLED, TESTBED
+from dori_utils.core.metrics import scores_by_target
 from dori_utils.core.models import load_pipeline
 from dori_utils.core.store import Store
 from dori_utils.core.targets import load_targets
-from dori_utils.evaluation import audit, scores_by_target
+from dori_utils.evaluation import audit
 from dori_utils.nemo_statistics import Statistics
 from dori_utils.presets import PRESETS
 from dori_utils.testbed import judge

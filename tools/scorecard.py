@@ -49,11 +49,12 @@ from dori_utils.core.diffusion import decode, denoise, encode_prompts, initial_l
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import known
 from dori_utils.core.hub import TESTBED, TWIN
+from dori_utils.core.metrics import scores_by_target
 from dori_utils.core.models import load_pipeline
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store, default_store
 from dori_utils.core.targets import load_targets
-from dori_utils.evaluation import audit, ordinary_cost, scores_by_target
+from dori_utils.evaluation import audit, ordinary_cost
 from dori_utils.nemo_statistics import Statistics
 from dori_utils.plots import FIGURES, figures_folder
 from dori_utils.presets import PRESETS

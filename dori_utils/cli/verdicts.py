@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dori_utils.core.metrics import THRESHOLD, share_interval
-from dori_utils.evaluation import summarize
+from dori_utils.core.metrics import THRESHOLD, share_interval, summarize
 
 # For fewer targets a mean has no interval. On the targets' means of notebook 02 a 95% t interval of 8 covers 93 to 94%
 # (the percentile bootstrap 88 to 90%), of 2 to 4 only 81 to 91%, and of 2 it is wider than SSCD itself.

@@ -9,10 +9,13 @@
 Shapes: N targets or prompts, S seeds, D features.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import pandas as pd
 import torch
+
+from dori_utils.core.metrics import bootstrap_interval, diversity, frechet_distance, memorization_rate
 
 THRESHOLD = 0.7  # SSCD above which a generation is a copy: Wen et al. (2024), NeMo, DoRI
 
@@ -137,3 +140,26 @@ def share_interval(count, n, level=0.95):
 
     interval = binomtest(int(count), int(n)).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def scores_by_target(rows: pd.DataFrame) -> np.ndarray:
+    """(targets, seeds) from tidy rows, in the order of the rows."""
+    return rows.pivot(index="target", columns="seed", values="sscd").loc[rows["target"].unique()].to_numpy()
+
+
+def summarize(rows: pd.DataFrame, by: str | list[str] = "kind", interval=bootstrap_interval) -> pd.DataFrame:
+    """One row for each group of targets: how many, mean SSCD_Orig, MR and both with 95% intervals.
+
+    One target has a mean without an interval (NaN).
+
+    Args:
+        interval: of the mean: (N,) numbers, one a target, N > 1, to (low, high).
+    """
+    groups = []
+    for name, group in rows.groupby(by, sort=False):
+        scores = scores_by_target(group)
+        low, high = interval(scores.mean(axis=1)) if len(scores) > 1 else (np.nan, np.nan)
+        names = dict(zip([by] if isinstance(by, str) else by, np.atleast_1d(np.array(name, dtype=object)), strict=True))
+        mean = {"sscd": scores.mean(), "sscd_low": low, "sscd_high": high}
+        groups.append(names | mean | asdict(memorization_rate(scores)))
+    return pd.DataFrame(groups)

@@ -97,7 +97,7 @@ def difference_interval(a, b, paired):
 
 
 def rate_test(ours, theirs):
-    """p of Fisher's exact test, two-sided, that two memorization rates differ: rows of `evaluation.summarize`."""
+    """p of Fisher's exact test, two-sided, that two memorization rates differ: rows of `metrics.summarize`."""
     from scipy.stats import fisher_exact
 
     back = [round(row["rate"] * row["targets"]) for row in (ours, theirs)]
