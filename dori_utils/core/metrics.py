@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dori_utils.core.metrics import bootstrap_interval, diversity, frechet_distance, memorization_rate
-
 THRESHOLD = 0.7  # SSCD above which a generation is a copy: Wen et al. (2024), NeMo, DoRI
 
 
