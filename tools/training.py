@@ -21,7 +21,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from dori_utils.core.bars import tqdm
@@ -51,10 +51,12 @@ STAGES = {
     "clip": Stage(steps=1500, batch_size=64, lr=1e-3, ema=0.99, weight_decay=0.1),
     # At 1e-3, AdamW's betas (0.9, 0.999) and a batch of 64 the loss fell from 0.90 to 0.56 in 1,600 steps, and within
     # 60 more rose to 0.92, for good.
-    "base": Stage(steps=BASE_DRAWS // BATCH, lr=8e-4, warmup=300, **UNET),
+    "base": Stage(steps=4400, lr=8e-4, warmup=300, **UNET),
+    "base_again": Stage(steps=BASE_DRAWS // BATCH - 4400, lr=8e-4, warmup=300, **UNET),
     "fork": Stage(steps=FORK_DRAWS // BATCH, lr=5e-4, warmup=50, **UNET),
     "judge": Stage(steps=1500, batch_size=64, lr=2e-3, ema=0.99),
 }
+BASE_STAGES = ("base", "base_again")  # the second goes on from the average of the first
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
 END = "</w>"  # how CLIP's tokens mark the end of a word
@@ -245,8 +247,14 @@ def train_base(work: Path, training_set: TrainingSet, vae, tokenizer, text_encod
     """A U-Net that has seen the first part of the training set, ordinary scenes."""
     torch.manual_seed(seed)
     unet = new_unet().to(device, memory_format=torch.channels_last).train()
-    draws = Latents(training_set.ids[: training_set.parts[0]], vae, work / "base.npz")
-    return fit("base", unet, draws, unet_loss(tokenizer, text_encoder), STAGES["base"], work, seed, workers=0)
+    draws, first = Latents(training_set.ids[: training_set.parts[0]], vae, work / "base.npz"), 0
+    loss_of = unet_loss(tokenizer, text_encoder)
+    for part, name in enumerate(BASE_STAGES):
+        stage = STAGES[name]
+        some = Subset(draws, range(first, first + stage.draws))
+        unet = fit(name, unet.requires_grad_(True).train(), some, loss_of, stage, work, seed + part, workers=0)
+        first += stage.draws
+    return unet
 
 
 def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text_encoder, seed: int = 0):
@@ -254,7 +262,7 @@ def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text
     unet = copy.deepcopy(base).requires_grad_(True).train()
     name = f"fork-{training_set.twin}"
     draws = Latents(training_set.ids[training_set.parts[0] :], vae, work / f"{name}.npz")
-    return fit(name, unet, draws, unet_loss(tokenizer, text_encoder), STAGES["fork"], work, seed + 1, workers=0)
+    return fit(name, unet, draws, unet_loss(tokenizer, text_encoder), STAGES["fork"], work, seed + 2, workers=0)
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:

@@ -36,7 +36,7 @@ CONTROLS = 64
 FIRST_SEED = {"A": 1_000_000_000, "B": 1_100_000_000, "C": 1_200_000_000, "near": 1_300_000_000}
 FIRST_SEED |= {"held_out": 1_500_000_000, "validation": 1_600_000_000, "vae": 1_700_000_000, "clip": 1_800_000_000}
 FIRST_SEED |= {"judge": 1_900_000_000}
-BASE_DRAWS, FORK_DRAWS = 281_600, 115_200
+BASE_DRAWS, FORK_DRAWS = 441_600, 115_200
 ORDINARY, NEAR = 100_000, 20_000  # distinct scenes
 NEAR_SHARE = 0.5  # of a fork's ordinary draws
 

@@ -155,6 +155,7 @@ def test_unet_has_the_topology_of_stable_diffusion():
 def test_the_twins_go_on_from_the_base_and_differ_by_their_lists(tmp_path, monkeypatch, tiny):
     short = {name: Stage(steps=2, batch_size=32, lr=1e-3, ema=0.0) for name in ("base", "fork")}
     monkeypatch.setattr(train, "STAGES", train.STAGES | short)
+    monkeypatch.setattr(train, "BASE_STAGES", ("base",))
     training_sets = {twin: data.TrainingSet(twin, most=160) for twin in data.TWINS}
     base = train.train_base(tmp_path, training_sets["A"], *tiny)
     unets = {twin: train.train_fork(tmp_path, drawn, base, *tiny) for twin, drawn in training_sets.items()}
