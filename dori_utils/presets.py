@@ -70,15 +70,13 @@ PRESETS = {
         detection_seeds=tuple(range(4)),
         ordinary_captions=50,
         pruned_targets=12,  # half of them
-        # 16x16 latents leave MS-SSIM no scales; a correlation uses every pixel. At its first timestep the testbed was
-        # trained on noise alone (see train.UNET_STAGES), so that for any caption its answer hardly depends on the seed.
-        # Layers, rounds and sparsity by the rule in notebook 02: the least that brings MR to 0.25.
+        # 8x8 latents leave MS-SSIM no scales; a correlation uses every pixel. Layers, rounds and sparsity by the rule in
+        # notebook 02: the least that brings MR to 0.25 on the memorized prompts that are not reported on.
         nemo=nemo.Config(
             rounds=200,
             layers=r"^(down_blocks|mid_block|up_blocks\.[12])\..*attn2\.to_v$",
             similarity="cosine",
             num_inference_steps=25,
-            second_timestep=True,
         ),
         wanda=wanda.Config(sparsity=0.02, num_inference_steps=25, guidance_scale=3.0),
         # Half of the paper's draws and of the time: under Wanda SSCD_Orig of 16 images is 0.76 instead of 0.77, MR 0.69
@@ -110,7 +108,7 @@ PRESETS = {
         related_captions=4,
         surrogates=5,
         # Each of 25 steps attacks all 16 targets, with one draw instead of eight: it is most of the time even so.
-        # Learning rate: this model was trained at 4e-4 to 7e-4, Stable Diffusion at 1e-4. Recovery: after these steps
+        # Learning rate: this model was trained at 5e-4 to 8e-4, Stable Diffusion at 1e-4. Recovery: after these steps
         # A_CLIP of ordinary captions is 16% lower, after 40 more on ordinary images 6%, after 80 2%.
         finetuning=finetuning.Config(
             recovery=160, batch_size=16, draws=4, lr=3e-4, decay=0.85, attack=AttackConfig(batch_size=1)
@@ -149,7 +147,6 @@ PRESETS = {
         detection_seeds=(0, 1),
         ordinary_captions=8,
         pruned_targets=2,
-        # At the first timestep: nothing is alike between two seeds at the second of three.
         nemo=nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=3),
         wanda=wanda.Config(steps=2, num_inference_steps=3, guidance_scale=3.0),
         attack=AttackConfig(steps=2, batch_size=2, record=(1, 2)),

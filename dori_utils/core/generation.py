@@ -21,7 +21,7 @@ from dori_utils.core.diffusion import (
 from dori_utils.core.edits_by_row import applied_by_row
 from dori_utils.core.hashes import known
 
-# CPU: 32 testbed images (16 x 16 latents), or two of Stable Diffusion (64 x 64).
+# CPU: 128 testbed images (8 x 8 latents), or two of Stable Diffusion (64 x 64).
 LATENT_PIXELS_PER_CPU_BATCH = 8192
 
 # CUDA, for each byte of the dtype: 1.6 GB for a guided 512-pixel image in float16. An estimate on the safe side.
