@@ -70,7 +70,7 @@ PRESETS = {
         detection_seeds=tuple(range(4)),
         ordinary_captions=50,
         pruned_targets=12,  # half of them
-        # 8x8 latents leave MS-SSIM no scales; a correlation uses every pixel. Layers, rounds and sparsity by the rule of
+        # 8x8 latents leave MS-SSIM no scales; a correlation uses every pixel. Layers, rounds, sparsity by the rule of
         # notebook 02: the least that brings MR to 0.25 on the memorized prompts that are not reported on.
         nemo=nemo.Config(
             rounds=200,
