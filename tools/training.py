@@ -345,6 +345,7 @@ def main() -> None:
     for out, twin in zip((args.out, args.out.with_name(f"{args.out.name}-b")), TWINS, strict=True):
         save_pipeline(out, vae, clip, tokenizer, unets[twin].cpu())
         save_nemo_statistics(out)
+    copy.deepcopy(base).cpu().half().save_pretrained(args.out / "base")
     save_tooling(args.out, clip, tokenizer, judge)
     save_targets(args.out / "targets.parquet", training_sets)
 
