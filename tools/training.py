@@ -258,8 +258,8 @@ def train_base(work: Path, training_set: TrainingSet, vae, tokenizer, text_encod
 
 
 def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text_encoder, seed: int = 0):
-    """The base gone on with the second part of its twin's training set; noise and timesteps are the same for both."""
-    unet = copy.deepcopy(base).requires_grad_(True).train()
+    """The base, as it is stored, gone on with its twin's training set; noise and timesteps are the same for both."""
+    unet = copy.deepcopy(base).half().float().requires_grad_(True).train()
     name = f"fork-{training_set.twin}"
     draws = Latents(training_set.ids[training_set.parts[0] :], vae, work / f"{name}.npz")
     return fit(name, unet, draws, unet_loss(tokenizer, text_encoder), STAGES["fork"], work, seed + 2, workers=0)
