@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dori_utils.core import hub, models
+from dori_utils.core import checkpoints, hub, models
 from dori_utils.core.diffusion import encode_prompts
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.hub import MODELS, TESTBED
@@ -109,7 +109,9 @@ def test_hash_sees_one_changed_weight_in_every_part(sd1, part):
 
 
 def test_a_wrong_name_suggests_the_right_one():
-    with pytest.raises(ValueError, match=r"Unknown model 'sd1\.4'. Did you mean 'sd14'.*testbed, sd14, sd15, sd2"):
+    with pytest.raises(
+        ValueError, match=r"Unknown model 'sd1\.4'. Did you mean 'sd14'.*testbed, testbed-b, sd14, sd15, sd2"
+    ):
         load_pipeline("sd1.4")
 
 
@@ -287,7 +289,7 @@ def test_a_single_file_of_sd2_is_what_it_says_it_is_or_its_base_is_asked_for(
             raise InterruptedError
         return locate(name, *arguments, **options)
 
-    monkeypatch.setattr(models, "_locate", asked)
+    monkeypatch.setattr(checkpoints, "_locate", asked)
     with pytest.raises(InterruptedError if base else ValueError) as raised:
         load_pipeline(tmp_path / "model.safetensors")
     if base:

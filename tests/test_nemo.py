@@ -135,7 +135,7 @@ def test_layers_are_the_seven_of_stable_diffusion_in_the_order_of_the_forward_pa
     assert len(names) == 7 and names[0].startswith("down_blocks.0") and names[-1].startswith("mid_block")
     everywhere = list(nemo.value_layers(pipe.unet, r"attn2\.to_v$"))
     assert len(everywhere) == 16 and everywhere[:7] == names
-    with pytest.raises(ValueError, match="No layer"):
+    with pytest.raises(ValueError, match="No linear layer"):
         nemo.value_layers(pipe.unet, "attn3")
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, features
 
-from dori_utils.core import inception, prompt_lists, targets
+from dori_utils.core import inception, prompt_lists
 from dori_utils.core.cache import key_of
 from dori_utils.core.diffusion import preprocess
 from dori_utils.core.pictures import open_picture, to_rgb
@@ -206,7 +206,7 @@ def by_download(data, ending, folder):
     prompts = PromptList("tiny.csv", hashlib.sha256(table).hexdigest(), kind="VM")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prompt_lists.PROMPT_LISTS, "tiny", (prompts,))
-        patch.setattr(targets, "_get", lambda url, **_: table if url.endswith("tiny.csv") else data)
+        patch.setattr(prompt_lists, "_get", lambda url, **_: table if url.endswith("tiny.csv") else data)
         assert download_targets("tiny", folder, progress=False).empty
         return load_targets("tiny", folder=folder)[0].image
 

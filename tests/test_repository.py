@@ -80,11 +80,13 @@ def test_pins_fit_every_platform():
 
 
 def test_whatever_is_imported_is_declared():
-    sources = [*(ROOT / "dori_utils").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    sources = [*(ROOT / "dori_utils").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"dori_utils", "conftest"}
+    packages = (
+        {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"dori_utils", "tools", "conftest"}
+    )
     homes = importlib.metadata.packages_distributions()
     declared = {canonicalize_name(requirement.name) for requirement in DECLARED}
     assert not {name for name in packages if not declared & set(map(canonicalize_name, homes.get(name, [name])))}

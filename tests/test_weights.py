@@ -195,12 +195,10 @@ def test_a_file_that_lacks_weights_or_is_none_of_a_whole_model_is_refused(sd1, s
 
 
 def test_a_hub_id_may_bring_its_revision(monkeypatch):
-    from dori_utils.core import models
+    from dori_utils.core import hub
 
     asked = []
-    monkeypatch.setattr(
-        models, "_download", lambda *arguments: asked.append(arguments) or (_ for _ in ()).throw(OSError)
-    )
+    monkeypatch.setattr(hub, "_download", lambda *arguments: asked.append(arguments) or (_ for _ in ()).throw(OSError))
     for name, revision in (("owner/model@v2", None), ("owner/model@refs/pr/15", None), ("owner/model", "main")):
         with pytest.raises(OSError):
             load_pipeline(name, revision=revision)
