@@ -383,8 +383,10 @@ def testbed(tmp_path):
         {
             "id": ["vm-0", "ladder-0", "control-0"],
             "prompt": ["a cat", "a dog", "grapes"],
+            "list": ["A", "A", "C"],
             "kind": ["VM", "ladder", "control"],
-            "duplicates": [900, 25, 0],
+            "seen_a": [900, 25, 0],
+            "seen_b": [0, 0, 0],
             "image": [image_bytes(color, size=(64, 64)) for color in ("red", "green", "blue")],
         }
     )
@@ -591,11 +593,13 @@ def test_testbed_targets_have_images_and_duplicates(testbed):
     assert ladder.duplicates == 25 and isinstance(ladder.duplicates, int) and control.duplicates == 0
     assert load_targets("testbed", kind="ladder", folder=testbed) == [ladder]
     assert len({vm, ladder, control}) == 3  # hashable: targets can be keys
+    of_b = {target.id: (target.kind, target.duplicates) for target in load_targets("testbed-b", folder=testbed)}
+    assert of_b == {"vm-0": ("twin", 0), "ladder-0": ("twin", 0), "control-0": ("control", 0)}
 
 
 def test_an_unknown_duplication_count_is_none(testbed):
     table = pd.read_parquet(testbed / "targets.parquet")
-    table.assign(duplicates=[900, None, 0]).to_parquet(testbed / "targets.parquet")
+    table.assign(seen_a=[900, None, 0]).to_parquet(testbed / "targets.parquet")
     assert [target.duplicates for target in load_targets("testbed", folder=testbed)] == [900, None, 0]
 
 
@@ -605,7 +609,7 @@ def test_the_testbed_is_read_from_the_bundled_model(testbed, monkeypatch):
 
 
 def test_unknown_names_and_kinds_list_the_known_ones(testbed):
-    with pytest.raises(ValueError, match="Unknown targets 'sd99'. Known: testbed, sd14"):
+    with pytest.raises(ValueError, match="Unknown targets 'sd99'. Known: testbed, testbed-b, sd14"):
         load_targets("sd99")
     with pytest.raises(ValueError, match="no targets of kind 'vm'; its kinds: VM, control, ladder"):
         load_targets("testbed", kind="vm", folder=testbed)
