@@ -186,6 +186,35 @@ def test_a_unet_alone_is_loaded_and_another_folder_refused(tiny_testbed, tiny_te
         load_unet(tmp_path)
 
 
+def check_pictures(html, count):
+    """A report's pictures are in it, small, and described."""
+    pictures = re.findall(r'src="data:image/\w+;base64,([^"]+)"', html)
+    assert len(pictures) == count
+    assert all(max(Image.open(io.BytesIO(base64.b64decode(p))).size) <= 160 for p in pictures[1:])
+    assert not re.search(r'src="(?!data:)', html)  # nothing is fetched
+    assert html.count("<img") == len(re.findall(r'<img [^>]*alt="[^"]{10,}"', html))
+
+
+def check_links(html, folder, some):
+    """Links lead to what is beside the report, or inside."""
+    links = set(re.findall(r'href="([^"]+)"', html))
+    assert some <= links
+    for link in links:
+        assert f'id="{link[1:]}"' in html if link.startswith("#") else (folder / link).is_file()
+
+
+def check_frames(html, rows):
+    """Of each picture, the first seed's: a dark frame by its own number, a bold mean by the mean."""
+    figure = r"<figure( class=copy)?>.*?<br>(.*?)<br><span( class=back)?>mean (.*?)</span>"
+    shown = re.findall(figure, html.replace("<figcaption>its image", "").replace("\n", ""))
+    wanted = []
+    for _, group in rows.groupby(["mitigation", "target", "steps"]):
+        own, mean = group.loc[group["seed"] == 0, "sscd"].item(), group["sscd"].mean()
+        frame, bold = " class=copy" * bool(own > 0.7), " class=back" * bool(mean > 0.7)
+        wanted.append((frame, f"{own:.2f}", bold, f"{mean:.2f}"))
+    assert sorted(shown) == sorted(wanted)
+
+
 @pytest.mark.slow
 def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_images, monkeypatch, capsys):
     monkeypatch.setenv("DORI_CACHE", str(own_images / "cache"))
@@ -201,15 +230,9 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     assert main([str(part) for part in command]) == 0
     assert capsys.readouterr().out.strip() == str(own_images / "out" / "report.html")
     html = (own_images / "out" / "report.html").read_text()
-    pictures = re.findall(r'src="data:image/\w+;base64,([^"]+)"', html)
-    assert len(pictures) == 1 + 3 * 4 * (1 + 3)  # the curves; mitigations x images x (original, prompt, 1 and 2 steps)
-    assert all(max(Image.open(io.BytesIO(base64.b64decode(p))).size) <= 160 for p in pictures[1:])
-    assert not re.search(r'src="(?!data:)', html)  # nothing is fetched; links lead to what is beside it, or inside
-    links = set(re.findall(r'href="([^"]+)"', html))
-    assert {"rows.csv", "table.csv", "verdicts.csv", "steps.png", "triggers/theirs.safetensors"} <= links
-    for link in links:
-        assert f'id="{link[1:]}"' in html if link.startswith("#") else (own_images / "out" / link).is_file()
-    assert html.count("<img") == len(re.findall(r'<img [^>]*alt="[^"]{10,}"', html))
+    check_pictures(html, 1 + 3 * 4 * (1 + 3))  # the curves; mitigations x images x (original, prompt, 1 and 2 steps)
+    beside = {"rows.csv", "table.csv", "verdicts.csv", "steps.png", "triggers/theirs.safetensors"}
+    check_links(html, own_images / "out", beside)
     assert html.count("<figcaption>never seen<") == html.count("<figcaption>its image<") == 3 * 2
     assert "What next?" in html and "training image" not in html
     assert all(
@@ -222,14 +245,7 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     assert set(rows["mitigation"]) == {"original", "pruned", "theirs"}
     assert rows["sscd"].notna().all() and "a # guitar" in set(rows["prompt"])
     assert "num_inference_steps" in html.split("Replay a trigger")[1]
-    figure = r"<figure( class=copy)?>.*?<br>(.*?)<br><span( class=back)?>mean (.*?)</span>"
-    shown = re.findall(figure, html.replace("<figcaption>its image", "").replace("\n", ""))
-    wanted = []  # of each picture, the first seed's: dark frame by its own number, bold mean by the mean
-    for _, group in rows.groupby(["mitigation", "target", "steps"]):
-        own, mean = group.loc[group["seed"] == 0, "sscd"].item(), group["sscd"].mean()
-        frame, bold = " class=copy" * bool(own > 0.7), " class=back" * bool(mean > 0.7)
-        wanted.append((frame, f"{own:.2f}", bold, f"{mean:.2f}"))
-    assert sorted(shown) == sorted(wanted)
+    check_frames(html, rows)
     found = Triggers.load(own_images / "out" / "triggers" / "pruned.safetensors")
     edit = Edit.load(own_images / "pruned.safetensors")
     assert [case["target"] for case in found.cases] == ["cat", "dog", "noise 0", "noise 1"]
