@@ -117,7 +117,7 @@ def test_the_authors_way_is_a_case_of_its_own_and_the_usual_one_is_the_case_that
         cached_edits(wanda.localize_each, sd1, targets("a cat"), CONFIG, store, **options)
     cases = [json.loads(np.load(file)["__config__"].item()) for file in tmp_path.iterdir()]
     assert sorted("authors" in case for case in cases) == [False, True]
-    settings = {"sparsity", "steps", "num_inference_steps", "guidance_scale", "seeds", "layers"}
+    settings = {"of", "sparsity", "steps", "num_inference_steps", "guidance_scale", "seeds", "layers"}
     assert all(case["config"].keys() == settings for case in cases)
 
 

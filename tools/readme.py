@@ -30,17 +30,19 @@ def idea() -> str:
 
 
 def kinds() -> str:
-    table = _read("00_by_kind")
+    table = _read("00_by_kind").query("model == 'testbed'")
     return _markdown(
         {"kind": table["kind"], "targets": table["targets"], "SSCD_Orig (95%)": _mean(table), "MR (95%)": _rate(table)}
     )
 
 
 def ladder() -> str:
-    table = _read("00_duplication_ladder").iloc[::-1]
-    names = ["targets", "SSCD_Orig, mean", "memorization rate"]
-    values = zip(table["targets"], _two(table["sscd"]), _two(table["rate"]), strict=True)
-    return _markdown({"times in training": names} | dict(zip(table["duplicates"], values, strict=True)))
+    by_model = _read("00_duplication_ladder").sort_values("times", ascending=False).groupby("model")
+    a, b = (by_model.get_group(name) for name in ("testbed", "testbed-b"))
+    measures = ("SSCD_Orig, mean", "memorization rate")
+    names = ["targets, each", *(f"{twin}: {what}" for twin in "AB" for what in measures)]
+    values = zip(a["targets"], _two(a["sscd"]), _two(a["rate"]), _two(b["sscd"]), _two(b["rate"]), strict=True)
+    return _markdown({"times in training": names} | dict(zip(a["times"], values, strict=True)))
 
 
 def pruning() -> str:

@@ -93,8 +93,9 @@ def key_of(value):
 
 
 def beside_weights(pipe) -> dict:
-    """What else of a pipeline its generations depend on: the sampler, and which token a word is."""
+    """What else of a pipeline its generations depend on: the sampler, the latents' scale, which token a word is."""
     settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     scheduler = f"{type(pipe.scheduler).__name__} {sorted(settings.items())}"
     tokens = hashlib.sha256(repr(sorted(pipe.tokenizer.get_vocab().items())).encode())
-    return {"scheduler": scheduler, "tokens": tokens.hexdigest()[:16]}
+    scale = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
+    return {"scheduler": scheduler, "latents": scale, "tokens": tokens.hexdigest()[:16]}

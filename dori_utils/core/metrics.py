@@ -141,7 +141,15 @@ def share_interval(count, n, level=0.95):
 
 
 def scores_by_target(rows: pd.DataFrame) -> np.ndarray:
-    """(targets, seeds) from tidy rows, in the order of the rows."""
+    """(targets, seeds) from tidy rows, in the order of the rows.
+
+    Raises:
+        ValueError: a target and seed have more than one row, such as those of several mitigations.
+    """
+    if rows.duplicated(["target", "seed"]).any():
+        about = rows.columns.intersection(["model", "mitigation", "attack", "steps"])
+        differ = [name for name in about if rows[name].nunique() > 1]
+        raise ValueError(f"Several rows of one target and seed: group by {differ or 'what tells them apart'} as well.")
     return rows.pivot(index="target", columns="seed", values="sscd").loc[rows["target"].unique()].to_numpy()
 
 
