@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from dori_utils.core.metrics import (
     frechet_distance,
     memorization_rate,
     share_interval,
+    summarize,
 )
 
 # Memorization rate and diversity
@@ -345,7 +347,8 @@ def test_without_torch_fidelity_the_error_says_how_to_install_it(tmp_path):
 
 
 def test_rows_of_several_mitigations_are_not_taken_for_one():
-    rows = pd.DataFrame({"target": ["a", "a"], "seed": [0, 0], "kind": "VM", "mitigation": ["none", "NeMo"], "sscd": 0.5})
+    both = {"kind": "VM", "mitigation": ["none", "NeMo"], "sscd": 0.5}
+    rows = pd.DataFrame({"target": ["a", "a"], "seed": [0, 0]} | both)
     with pytest.raises(ValueError, match="group by .*mitigation"):
-        metrics.summarize(rows)
-    assert len(metrics.summarize(rows, ["kind", "mitigation"])) == 2
+        summarize(rows)
+    assert len(summarize(rows, ["kind", "mitigation"])) == 2

@@ -1,10 +1,11 @@
-"""README's tables and first picture, filled from figures/*.csv: `python -m tools.readme`, after `make figures`.
+"""Tables of README.md and of the model card, filled from figures/: `python -m tools.readme`, after `make figures`.
 
-The CSV of `estimate` is written by `python -m tools.estimate`.
+The CSV of `estimate` is written by `python -m tools.estimate`, scorecard.json by `make scorecard`.
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is made by the function of that name below.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dori_utils.core.metrics import THRESHOLD as COPY
 from tools.estimate import as_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+README, CARD = ROOT / "README.md", ROOT / "testbed" / "README.md"
 PRUNED = ("NeMo", "Wanda")
 
 
@@ -77,20 +78,41 @@ def estimate() -> str:
     return as_markdown(_read("estimate"))
 
 
-SECTIONS = {function.__name__: function for function in (idea, kinds, ladder, pruning, dori, mitigations, estimate)}
+def twins() -> str:
+    table = _read("00_by_kind")
+    columns = {"model": table["model"].map({"testbed": "A", "testbed-b": "B"}), "kind": table["kind"]}
+    return _markdown(columns | {"targets": table["targets"], "SSCD_Orig (95%)": _mean(table), "MR (95%)": _rate(table)})
 
 
-def filled(text: str) -> str:
-    """The README with the tables as figures/ has them now.
+def measured() -> str:
+    """The scorecard's bars of the model itself: they come before those of pruning."""
+    bars = json.loads((ROOT / "figures" / "scorecard.json").read_text())
+    end = next(number for number, bar in enumerate(bars) if bar["name"].startswith("NeMo"))
+    names, values, bounds, remarks = zip(
+        *((bar["name"], f"{bar['value']:g}", bar["bound"], bar["remark"]) for bar in bars[:end]), strict=True
+    )
+    held = ["holds" if bar["holds"] else "**does not hold**" for bar in bars[:end]]
+    return _markdown({"measured": names, "value": values, "bar": bounds, "": held, "how": remarks})
+
+
+SECTIONS = {
+    README: (idea, kinds, ladder, pruning, dori, mitigations, estimate),
+    CARD: (measured, twins, ladder),
+}
+
+
+def filled(text: str, sections=SECTIONS[README]) -> str:
+    """A document with the tables as figures/ has them now.
 
     Raises:
         ValueError: a section's marks are not in the text, or more than once.
     """
-    for name, section in SECTIONS.items():
+    for section in sections:
+        name = section.__name__
         between = rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- /{name} -->)"
         text, count = re.subn(between, section().replace("\\", r"\\"), text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"<!-- {name} --> … <!-- /{name} -->: {count} times in the README, not once.")
+            raise ValueError(f"<!-- {name} --> … <!-- /{name} -->: {count} times in the text, not once.")
     return text
 
 
@@ -128,4 +150,5 @@ def _markdown(columns: dict) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for document, sections in SECTIONS.items():
+        document.write_text(filled(document.read_text(), sections))

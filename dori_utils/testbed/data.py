@@ -28,15 +28,15 @@ from PIL import Image
 from dori_utils.testbed.scenes import Scene, sample_scene, sprite_names
 
 TWINS = ("A", "B")
-VM_TIMES, TM_TIMES = 640, 640
-RUNGS = (10, 20, 40, 80, 160, 320, 640)
+VM_TIMES, TM_TIMES = 1024, 1024
+RUNGS = (16, 32, 64, 128, 256, 512, 1024)
 TIMES = {"VM": VM_TIMES, "TM": TM_TIMES, "once": 1}
 COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(RUNGS), "once": 16}
 CONTROLS = 64
 FIRST_SEED = {"A": 1_000_000_000, "B": 1_100_000_000, "C": 1_200_000_000, "near": 1_300_000_000}
 FIRST_SEED |= {"held_out": 1_500_000_000, "validation": 1_600_000_000, "vae": 1_700_000_000, "clip": 1_800_000_000}
 FIRST_SEED |= {"judge": 1_900_000_000}
-BASE_DRAWS, FORK_DRAWS = 441_600, 115_200
+BASE_DRAWS, FORK_DRAWS = 441_600, 104_000
 ORDINARY, NEAR = 100_000, 20_000  # distinct scenes
 NEAR_SHARE = 0.5  # of a fork's ordinary draws
 
