@@ -27,8 +27,7 @@ class Preset:
     pruned_targets: int  # how many memorized prompts mitigations are tried on; settings are chosen on the others
     # Detection by first-step similarity takes `similarity` and `second_timestep` from it. Its `seeds`, by which neurons
     # are found, are the same noise as the preset's `seeds`, by which they are judged; NeMo's authors have other noise
-    # for each of the two. On six targets of the testbed SSCD_Orig under NeMo is 0.42 on the seeds that the search has
-    # seen, 0.29 and 0.35 on two sets that it has not.
+    # for each of the two.
     nemo: nemo.Config
     wanda: wanda.Config
     attack: AttackConfig  # DoRI
@@ -79,8 +78,8 @@ PRESETS = {
             num_inference_steps=25,
         ),
         wanda=wanda.Config(sparsity=0.02, num_inference_steps=25, guidance_scale=3.0),
-        # Half of the paper's draws and of the time: under Wanda SSCD_Orig of 16 images is 0.76 instead of 0.77, MR 0.69
-        # instead of 0.81. The scorecard has all eight. Recorded: the steps of the paper's figure.
+        # Half of the paper's draws and of the time; the scorecard has all eight. Recorded: the steps of the paper's
+        # figure.
         attack=AttackConfig(batch_size=4, record=(1, 10, 25, 50)),
         long_attack=AttackConfig(steps=500, batch_size=1, record=(50, 100, 200, 500)),
         long_controls=8,  # minutes on two cores

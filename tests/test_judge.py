@@ -29,7 +29,7 @@ def test_what_is_hidden_counts_neither_way():
 
 @pytest.mark.slow
 def test_a_judge_learns_a_few_scenes_by_heart_and_counts_what_captions_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STAGES", {"judge": Stage(steps=60, batch_size=16, lr=3e-3, warmup=5, ema=0.0)})
+    monkeypatch.setattr(train, "STAGES", {"judge": Stage(steps=60, batch_size=16, lr=3e-3, warmup=5, ema=0.9)})
     monkeypatch.setattr(judge.Labelled, "__getitem__", lambda self, i, get=judge.Labelled.__getitem__: get(self, i % 8))
     trained = train.train_judge(tmp_path)
     seen = [data.ordinary_scene(i, data.FIRST_SEED["judge"]) for i in range(8)]

@@ -127,7 +127,10 @@ def one_thread(worker: int) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Weights are averaged; buffers, such as the statistics of a BatchNorm, are the model's."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for ours, now in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(now)
 
 
 def diverged(name: str, step: int, loss: float, lowest: float, work: Path | None) -> str:

@@ -86,6 +86,19 @@ def test_a_training_that_diverges_stops_and_leaves_two_checkpoints_from_before(t
     linear_fit(tmp_path / "may rise", losses)
 
 
+def test_the_average_has_the_statistics_of_the_trained_model():
+    """A BatchNorm's are no weights, and an average that kept those of the first step would be another model."""
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4)), 5 + torch.randn(64, 1)
+
+    def loss_of(model, batch, generator):
+        return model(batch).square().mean(), {}
+
+    stage = Stage(steps=8, batch_size=8, lr=1e-3, warmup=1, ema=0.5)
+    average = fit("norm", model, inputs, loss_of, stage, None, workers=0, progress=False)
+    assert average[1].num_batches_tracked == 8
+    assert torch.equal(average[1].running_mean, model[1].running_mean)
+
+
 def test_learning_rate_warms_up_and_decays():
     stage = Stage(steps=100, batch_size=1, lr=1.0, warmup=10, decay=0.3)
     factors = [stage.lr_factor(step) for step in range(100)]
