@@ -14,6 +14,9 @@ A surrogate is what a pruned model draws for the memorized prompt: it fits the c
 pass over all pairs of target and surrogate. The ablation (`adversarial=False`) has the prompt's own embedding in the
 place of y_adv.
 
+Ours: `carried`. The weights change little from one step to the next, so an attack of few steps that begins with what
+the last one found comes as far as one of many that begins anew ("Adversarial training for free!", Shafahi et al. 2019).
+
 Ours: `recovery`, more steps with L_DM alone. L_adv costs ordinary captions some of their alignment; ordinary images
 win most of it back, and none of the memorized ones that were tried returned with it (notebook 08 and the scorecard).
 
@@ -62,6 +65,7 @@ class Config:
     adversarial: bool = True  # False: the ablation
     attack: AttackConfig = AttackConfig()  # the inner one
     starts: tuple[str, ...] = ("prompt",)  # of the inner attack, step by step in turn; "noise" is N(0, I)
+    carried: int | None = None  # steps of an inner attack that goes on from its target's last one; None: each is anew
     lora_rank: int | None = None  # adapters on the attention layers instead of all weights. The paper: this failed
     ema: float = 0.0  # of the weights; 0: none
     checkpointing: bool = False  # gradient checkpointing, for GPUs with little memory
@@ -72,6 +76,8 @@ class Config:
             raise ValueError("epochs, batch_size, draws and the number of starts must be at least 1.")
         if self.recovery < 0:
             raise ValueError(f"recovery is {self.recovery}: it is a number of steps.")
+        if self.carried is not None and (self.carried < 1 or len(self.starts) > 1):
+            raise ValueError("carried is a number of steps above 0, and goes with a single start.")
         if unknown := set(self.starts) - {"prompt", "noise"}:
             raise ValueError(f"starts has {unknown}: it is made of 'prompt' and 'noise'.")
 
@@ -104,7 +110,8 @@ def finetune(
     adversarial_steps = config.epochs * pairs.steps_per_epoch
     steps = adversarial_steps + config.recovery
     with _trainable(pipe, config) as changed:
-        loss_of = _loss(pipe, targets, surrogates, config, adversarial_steps)
+        last = torch.full((len(targets), *_embedding_shape(pipe)), torch.nan)  # (N, T, D); NaN: not attacked yet
+        loss_of = _loss(pipe, targets, surrogates, config, adversarial_steps, last)
 
         def after_step(numbers):
             done = numbers["step"] + 1
@@ -125,7 +132,7 @@ def finetune(
             weight_decay=config.weight_decay,
         )
         options = {"workers": 0, "save_seconds": save_seconds, "log_every": 1, "progress": progress}
-        options["callback"] = after_step
+        options |= {"callback": after_step, "memory": {"triggers": last}}
         with gradient_checkpointing(pipe.unet, config.checkpointing):
             unet = fit("fine-tuning", pipe.unet, pairs, loss_of, stage, work, config.seed, **options)
         return changed(*about, unet)
@@ -166,8 +173,15 @@ class Pairs(Dataset):
         return pixels, list(captions), int(target), int(surrogate), index // self.config.batch_size
 
 
-def _loss(pipe, targets, surrogates, config, adversarial_steps):
-    """loss_of for `fit`: L_DM + L_adv of a step, after the attack; L_DM alone after that many steps."""
+def _embedding_shape(pipe):
+    return pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim
+
+
+def _loss(pipe, targets, surrogates, config, adversarial_steps, last):
+    """loss_of for `fit`: L_DM + L_adv of a step, after the attack; L_DM alone after that many steps.
+
+    Each target's latest trigger stands in `last` (N, T, D).
+    """
     wanted = torch.stack([encode_images(pipe, own) for own in surrogates])  # (N, M, C, H, W)
     prompts = encode_prompts(pipe, [target.prompt for target in targets])
 
@@ -175,7 +189,7 @@ def _loss(pipe, targets, surrogates, config, adversarial_steps):
         """Surrogates and what L_adv has them under: latents (K * B, C, H, W) and embeddings (K * B, T, D)."""
         embeds = prompts[chosen]
         if config.adversarial:
-            embeds = _triggers(pipe, [targets[i] for i in chosen.tolist()], step, config)
+            embeds = _triggers(pipe, targets, chosen.tolist(), step, config, last)
         return wanted[chosen, which].repeat(config.draws, 1, 1, 1), embeds.repeat(config.draws, 1, 1)
 
     def loss_of(unet, batch, generator):
@@ -200,16 +214,21 @@ def _loss(pipe, targets, surrogates, config, adversarial_steps):
     return loss_of
 
 
-def _triggers(pipe, targets, step, config):
-    """y_adv (B, T, D): what DoRI finds against the weights as they are at this step."""
+def _triggers(pipe, targets, chosen, step, config, last):
+    """y_adv (B, T, D): what DoRI finds for the chosen targets against the weights as they are at this step."""
     attacked = replace(config.attack, start=config.starts[step % len(config.starts)], record=())
     trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)  # the attack needs gradients of embeddings alone
-    found = attack(pipe, targets, attacked, seeds=[step] * len(targets), progress=False)
+    goes_on = [config.carried is not None and not last[i].isnan().any() for i in chosen]
+    for again in sorted(set(goes_on)):
+        some = [i for i, of_target in zip(chosen, goes_on, strict=True) if of_target == again]
+        starts, inner = (last[some], replace(attacked, steps=config.carried)) if again else (None, attacked)
+        found = attack(pipe, [targets[i] for i in some], inner, starts=starts, seeds=[step] * len(some), progress=False)
+        last[some] = found.prompt_embeds
     for parameter in trained:
         parameter.requires_grad_(True)
-    return found.prompt_embeds
+    return last[chosen]
 
 
 @contextmanager

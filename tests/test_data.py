@@ -23,10 +23,10 @@ def test_draws_follow_the_plan(twin):
     drawn = Counter(training_set.plan_index.tolist())
     for index, plan in enumerate(PLAN):
         assert drawn[index] == training_set.duplicates[plan.id] == (plan.times if plan.list == twin else 0)
-    assert len(training_set) == sum(training_set.parts) == data.BASE_DRAWS + data.FORK_DRAWS
+    assert len(training_set) == sum(training_set.parts) == data.BASE_DRAWS + sum(data.FORK_DRAWS)
     assert (training_set.plan_index[: data.BASE_DRAWS] == -1).all()
     repeated = (training_set.plan_index[data.BASE_DRAWS :] >= 0).mean()
-    assert 0.25 < repeated < 0.4
+    assert 0.5 < repeated < 0.6
 
 
 def test_the_twins_differ_in_nothing_but_whose_images_they_see():
@@ -47,7 +47,7 @@ def test_the_base_is_what_both_saw_first():
 
 def test_the_ladder_doubles_from_rung_to_rung():
     counts = data.TrainingSet("B").duplicates
-    assert [counts[f"ladder-B{rung:02d}"] for rung in range(7)] == list(data.RUNGS)
+    assert [counts[f"ladder-B{rung:02d}"] for rung in range(7)] == [2 * times for times in data.RUNGS]
     assert all(2 * low == high for low, high in zip(data.RUNGS, data.RUNGS[1:], strict=False))
 
 
@@ -59,7 +59,7 @@ def test_every_ordinary_scene_comes_before_any_comes_again():
 
 def test_a_smaller_training_set_has_fewer_draws_in_each_part():
     small = data.TrainingSet("A", most=2_000)
-    assert small.parts == (2_000, 2_000) and len(small) == 4_000
+    assert small.parts == (2_000,) * 3 and len(small) == 6_000
     assert all(small.duplicates[p.id] > 0 for p in PLAN if p.list == "A")
     assert data.TrainingSet("A", most=10**9).parts == data.TrainingSet("A").parts
 
@@ -74,7 +74,8 @@ def test_a_draw_is_the_same_whenever_it_is_asked_for():
 def test_draws_with_one_id_show_one_picture_and_others_another():
     training_set = data.TrainingSet("A", most=2_000)
     template = next(i for i, p in enumerate(PLAN) if p.kind == "TM")
-    draws = np.flatnonzero(training_set.plan_index == template)
+    first_half = sum(training_set.parts[:2])
+    draws = np.flatnonzero(training_set.plan_index[:first_half] == template)
     assert len(set(training_set.ids[draws])) == len(draws) > 1
     assert len({training_set.scene(draw) for draw in draws}) == len(draws)
     verbatim = np.flatnonzero(training_set.plan_index == 0)

@@ -120,6 +120,31 @@ def test_unknown_starts_are_refused():
         Config(starts=("prompt", "zeros"))
 
 
+@pytest.mark.parametrize("settings", [{"carried": 0}, {"carried": 5, "starts": ("prompt", "noise")}])
+def test_carried_needs_steps_and_a_single_start(settings):
+    with pytest.raises(ValueError, match="carried is a number of steps above 0, and goes with a single start"):
+        Config(**settings)
+
+
+def test_a_carried_attack_goes_on_from_its_target_s_last_trigger(sd1, monkeypatch):
+    attacks = []
+
+    def watched(pipe, targets, config, starts=None, **kwargs):
+        found = attack(pipe, targets, config, starts=starts, **kwargs)
+        attacks.append(([target.id for target in targets], config.steps, starts, found.prompt_embeds))
+        return found
+
+    monkeypatch.setattr(finetuning, "attack", watched)
+    run(sd1, replace(QUICK, epochs=1, batch_size=1, carried=3))  # each of two targets comes twice
+    last = {}
+    for (name,), steps, starts, found in attacks:
+        assert (steps, starts is None) == ((3, False) if name in last else (QUICK.attack.steps, True))
+        if starts is not None:
+            assert torch.equal(starts, last[name]) and not torch.equal(found, starts)
+        last[name] = found
+    assert len(attacks) == 4 and len(last) == 2
+
+
 # --- What it does to the weights ---
 
 
@@ -211,9 +236,9 @@ def test_a_surrogate_takes_the_place_of_the_image(tiny_testbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_run_killed_inside_an_epoch_goes_on_to_the_same_weights(sd1, tmp_path, ema):
-    config, steps = replace(QUICK, ema=ema), []
+@pytest.mark.parametrize("change", [{}, {"ema": 0.9}, {"carried": 1}], ids=repr)
+def test_a_run_killed_inside_an_epoch_goes_on_to_the_same_weights(sd1, tmp_path, change):
+    config, steps = replace(QUICK, **change), []
 
     class Dies(list):
         def __getitem__(self, index):

@@ -57,10 +57,13 @@ STAGES = {
     ),
     # Small batches learn an image by heart in fewer of its draws: in 100 of them the loss of 24 images fell by 0.04 in
     # batches of 64, by 0.07 in batches of 16. At 64, and 340 draws of each, none of them came back.
-    "fork": Stage(steps=FORK_DRAWS // BATCH["fork"], batch_size=BATCH["fork"], lr=7e-4, warmup=200, **UNET),
+    "fork": Stage(steps=FORK_DRAWS[0] // BATCH["fork"], batch_size=BATCH["fork"], lr=7e-4, warmup=200, **UNET),
+    "fork_again": Stage(
+        steps=FORK_DRAWS[1] // BATCH["fork"], batch_size=BATCH["fork"], lr=6e-4, warmup=200, decay=0.9, **UNET
+    ),
     "judge": Stage(steps=1500, batch_size=64, lr=2e-3, ema=0.99),
 }
-BASE_STAGES = ("base", "base_again")  # the second goes on from the average of the first
+BASE_STAGES, FORK_STAGES = ("base", "base_again"), ("fork", "fork_again")  # the second from the average of the first
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
 END = "</w>"  # how CLIP's tokens mark the end of a word
@@ -263,10 +266,15 @@ def train_base(work: Path, training_set: TrainingSet, vae, tokenizer, text_encod
 
 def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text_encoder, seed: int = 0):
     """The base, as it is stored, gone on with its twin's training set; noise and timesteps are the same for both."""
-    unet = copy.deepcopy(base).half().float().requires_grad_(True).train()
-    name = f"fork-{training_set.twin}"
-    draws = Latents(training_set.ids[training_set.parts[0] :], vae, work / f"{name}.npz")
-    return fit(name, unet, draws, unet_loss(tokenizer, text_encoder), STAGES["fork"], work, seed + 2, workers=0)
+    unet, first = copy.deepcopy(base).half().float(), training_set.parts[0]
+    for half, (stage, draws) in enumerate(zip(FORK_STAGES, training_set.parts[1:], strict=True)):
+        name = f"{stage}-{training_set.twin}"
+        latents = Latents(training_set.ids[first : first + draws], vae, work / f"{name}.npz")
+        loss_of = unet_loss(tokenizer, text_encoder)
+        unet = unet.requires_grad_(True).train()
+        unet = fit(name, unet, latents, loss_of, STAGES[stage], work, seed + 2 + half, workers=0)
+        first += draws
+    return unet
 
 
 def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:

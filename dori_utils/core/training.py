@@ -61,6 +61,7 @@ def fit(
     log_every: int = 10,
     progress: bool = True,
     callback: Callable[[dict], None] | None = None,
+    memory: dict[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """Train model in place, or go on with it; returns its moving average in eval mode, or the model if it has none.
 
@@ -72,6 +73,7 @@ def fit(
         workers: processes that load samples.
         save_seconds: between checkpoints; there is one more at the end.
         callback: called after every step with {"step", "loss", "average", **numbers}.
+        memory: tensors that `loss_of` keeps from step to step, in place; a run that goes on finds them as they were.
 
     Raises:
         FloatingPointError: the training has diverged (`Stage.max_rise`). NAME.pt and NAME.before.pt, the checkpoint
@@ -82,7 +84,8 @@ def fit(
     average = copy.deepcopy(model).requires_grad_(False).eval() if stage.ema else None
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
-    start, before, lowest = resume(work and work / f"{name}.pt", model, average, optimizer)
+    memory = memory or {}
+    start, before, lowest = resume(work and work / f"{name}.pt", model, average, optimizer, memory)
     samples = Subset(dataset, range(start * stage.batch_size, stage.draws))
     options = {"num_workers": workers, "prefetch_factor": 4, "worker_init_fn": one_thread} if workers else {}
     loader = DataLoader(samples, stage.batch_size, **options)
@@ -112,7 +115,7 @@ def fit(
         if work is not None and (last or step % log_every == 0):
             append_row(work / f"{name}.csv", numbers | {"seconds": seconds})
         if work is not None and (last or time.monotonic() - saved > save_seconds):
-            progress_made = {"step": step + 1, "seconds": seconds, "lowest": lowest}
+            progress_made = {"step": step + 1, "seconds": seconds, "lowest": lowest, "memory": memory}
             save_checkpoint(work / f"{name}.pt", progress_made, model, average, optimizer)
             saved = time.monotonic()
         if callback is not None:
@@ -141,7 +144,9 @@ def diverged(name: str, step: int, loss: float, lowest: float, work: Path | None
     )
 
 
-def resume(path: Path | None, model: nn.Module, average: nn.Module | None, optimizer) -> tuple[int, float, float]:
+def resume(
+    path: Path | None, model: nn.Module, average: nn.Module | None, optimizer, memory: dict[str, torch.Tensor]
+) -> tuple[int, float, float]:
     """Load the checkpoint, if there is one.
 
     Returns the step to go on with, the seconds spent so far and the lowest mean loss of 50 steps.
@@ -153,6 +158,8 @@ def resume(path: Path | None, model: nn.Module, average: nn.Module | None, optim
     if average is not None:
         average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
+    for name, tensor in state.get("memory", {}).items():
+        memory[name].copy_(tensor)
     return state["step"], state.get("seconds", 0.0), state.get("lowest", math.inf)
 
 
