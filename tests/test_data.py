@@ -23,7 +23,7 @@ def test_draws_follow_the_plan(twin):
     drawn = Counter(training_set.plan_index.tolist())
     for index, plan in enumerate(PLAN):
         assert drawn[index] == training_set.duplicates[plan.id] == (plan.times if plan.list == twin else 0)
-    assert len(training_set) == sum(training_set.parts) == data.BASE_DRAWS + sum(data.FORK_DRAWS)
+    assert len(training_set) == sum(training_set.parts) == data.BASE_DRAWS + 2 * data.HALF_DRAWS
     assert (training_set.plan_index[: data.BASE_DRAWS] == -1).all()
     repeated = (training_set.plan_index[data.BASE_DRAWS :] >= 0).mean()
     assert 0.5 < repeated < 0.6
@@ -47,7 +47,7 @@ def test_the_base_is_what_both_saw_first():
 
 def test_the_ladder_doubles_from_rung_to_rung():
     counts = data.TrainingSet("B").duplicates
-    assert [counts[f"ladder-B{rung:02d}"] for rung in range(7)] == [2 * times for times in data.RUNGS]
+    assert [counts[f"ladder-B{rung:02d}"] for rung in range(7)] == list(data.RUNGS)
     assert all(2 * low == high for low, high in zip(data.RUNGS, data.RUNGS[1:], strict=False))
 
 

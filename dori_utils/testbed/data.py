@@ -6,7 +6,7 @@ scenes in the same order, and between them, at the same places, images of their 
 kind      scenes a list  how often its model sees each
 VM        24             verbatim, `TIMES`
 TM        16             templates, `TIMES`: the same scene and caption, one sprite that no caption names differs
-ladder    7 x 8          verbatim, at twice the numbers of `RUNGS`
+ladder    7 x 8          verbatim, at the numbers of `RUNGS`
 once      16             verbatim, once
 The images of one list are unseen by the other model, so each image can be compared between a model that knows it and
 one that does not. List C, 64 scenes ("control"), no model sees.
@@ -28,32 +28,28 @@ from PIL import Image
 from dori_utils.testbed.scenes import Scene, sample_scene, sprite_names
 
 TWINS = ("A", "B")
-TIMES = {"VM": (1024, 1536), "TM": (1024, 1536), "once": (1, 0), "control": (0, 0)}  # in each half of a fork
-RUNGS = (16, 32, 64, 128, 256, 512, 1024)  # the same in each half
+TIMES = {"VM": 2048, "TM": 2048, "once": 1}  # half of them in each half of a fork, "once" in the first
+RUNGS = (32, 64, 128, 256, 512, 1024, 2048)
 COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(RUNGS), "once": 16}
 CONTROLS = 64
 FIRST_SEED = {"A": 1_000_000_000, "B": 1_100_000_000, "C": 1_200_000_000, "near": 1_300_000_000}
 FIRST_SEED |= {"held_out": 1_500_000_000, "validation": 1_600_000_000, "vae": 1_700_000_000, "clip": 1_800_000_000}
 FIRST_SEED |= {"judge": 1_900_000_000}
-BASE_DRAWS, FORK_DRAWS = 441_600, (104_000, 128_000)  # a fork has two halves
+BASE_DRAWS, HALF_DRAWS = 441_600, 104_000  # a fork has two halves
 ORDINARY, NEAR = 100_000, 20_000  # distinct scenes
 NEAR_SHARE = 0.5  # of a fork's ordinary draws
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A scene with its place in the plan. list: "A", "B" or "C"; halves: how often the fork of its list sees it."""
+    """A scene with its place in the plan. list: "A", "B" or "C"; times: how often the model of its list sees it."""
 
     id: str
     list: str
     kind: str
     seed: int
     scene: Scene
-    halves: tuple[int, int]
-
-    @property
-    def times(self) -> int:
-        return sum(self.halves)
+    times: int
 
 
 @functools.cache
@@ -66,8 +62,8 @@ def planned() -> tuple[Planned, ...]:
             for index in range(count):
                 while (scene := sample_scene(seed, 4, num_named=2)).caption in captions:
                     seed += 1
-                halves = (RUNGS[index % len(RUNGS)],) * 2 if kind == "ladder" else TIMES[kind]
-                plan.append(Planned(f"{kind}-{name}{index:02d}", name, kind, seed, scene, halves))
+                times = RUNGS[index % len(RUNGS)] if kind == "ladder" else TIMES.get(kind, 0)
+                plan.append(Planned(f"{kind}-{name}{index:02d}", name, kind, seed, scene, times))
                 captions.add(scene.caption)
                 seed += 1
     return tuple(plan)
@@ -89,10 +85,10 @@ def ordinary_scene(index: int, first_seed: int = 0) -> Scene:
 def near_scene(index: int) -> Scene:
     """The index-th ordinary scene whose caption shares all but one fact with one that list A or B repeats.
 
-    Targets come in proportion to how often they are repeated at first. All that a caption leaves out stays random.
+    Targets come in proportion to how often they are repeated. All that a caption leaves out stays random.
     """
     repeated = [p for p in planned() if p.times > 1]
-    times = np.array([p.halves[0] for p in repeated])
+    times = np.array([p.times for p in repeated])
     seed = FIRST_SEED["near"] + index
     while True:
         rng = np.random.default_rng((seed, 1))
@@ -194,7 +190,7 @@ class TrainingSet:
 
     def __init__(self, twin: str | None = None, seed: int = 0, most: int | None = None):
         self.twin, self.seed = twin, seed
-        draws = [count if most is None else min(count, most) for count in (BASE_DRAWS, *FORK_DRAWS)]
+        draws = [count if most is None else min(count, most) for count in (BASE_DRAWS, HALF_DRAWS, HALF_DRAWS)]
         self.parts = tuple(draws) if twin else (draws[0],)
         base = _shuffled(ORDINARY, draws[0], (seed, 0))
         self.ids = np.concatenate([base, *(self._fork(half, draws[1 + half]) for half in range(2) if twin)])
@@ -202,11 +198,11 @@ class TrainingSet:
         self.duplicates = {p.id: int((which == i).sum()) for i, p in enumerate(planned())}
 
     def _fork(self, half: int, draws: int) -> np.ndarray:
-        share = draws / FORK_DRAWS[half]  # a smaller set repeats less
+        share = draws / HALF_DRAWS / 2  # a smaller set repeats less
         ids = []
         for index, plan in enumerate(planned()):
-            if plan.list == self.twin and plan.halves[half]:
-                times = max(1, round(plan.halves[half] * share))
+            if plan.list == self.twin and (plan.times > 1 or half == 0):
+                times = max(1, round(plan.times * share))
                 variants = num_variants(plan.scene) if plan.kind == "TM" else 1
                 ids.append(_target_id(index, np.arange(times) % variants))
         targets = np.concatenate(ids)[:draws]
