@@ -1,8 +1,8 @@
 """Tiny pipelines of the real diffusers and transformers classes, random weights, saved to disk and loaded back.
 
 Three families: SD 1.x (PNDM, noise prediction), SD 2.x (v-prediction, linear projections, heads per level) and one like
-the testbed (AutoencoderTiny, DDIM, v-prediction, trailing timesteps). All have SD 1.x's topology: three cross-attention
-down blocks and a plain one, two layers each, so 7 `attn2.to_v` in down and mid and 16 `ff.net.2`.
+the testbed (AutoencoderTiny, DPM-Solver++, v-prediction, trailing timesteps). All have SD 1.x's topology: three
+cross-attention down blocks and a plain one, two layers each, so 7 `attn2.to_v` in down and mid and 16 `ff.net.2`.
 
 `sd1`, `sd2` and `tiny_testbed` are shared by the whole session: a test that changes a pipeline puts it back.
 """
@@ -115,13 +115,12 @@ def _save_sd2(folder):
 
 
 def _save_testbed(folder):
-    from diffusers import DDIMScheduler
+    from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DDIMScheduler(
+    scheduler = DPMSolverMultistepScheduler(
         **_betas(),
         prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
+        algorithm_type="dpmsolver++",
         steps_offset=1,
         timestep_spacing="trailing",
     )

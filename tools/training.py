@@ -17,7 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
@@ -180,6 +186,16 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
+def new_sampler() -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ on the same schedule: ten steps give what 25 of DDIM give.
+
+    Without Karras's sigmas: where the last timestep is noise alone they put most steps next to it.
+    """
+    return DPMSolverMultistepScheduler.from_config(
+        new_scheduler().config, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False
+    )
+
+
 class Latents(Dataset):
     """Draws, given as ids of scenes, as (latents (32, 8, 8), caption, whether the scene is a planned one).
 
@@ -302,7 +318,7 @@ def save_pipeline(out: Path, vae: AutoencoderTiny, clip: CLIPModel, tokenizer, u
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, new_scheduler(), None, None, requires_safety_checker=False
+        vae, text_encoder, tokenizer, unet, new_sampler(), None, None, requires_safety_checker=False
     )
     pipe.save_pretrained(out)
     # By the names that published Stable Diffusion models have: every version of transformers reads those.
