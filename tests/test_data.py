@@ -23,7 +23,7 @@ def test_draws_follow_the_plan(twin):
     drawn = Counter(training_set.plan_index.tolist())
     for index, plan in enumerate(PLAN):
         assert drawn[index] == training_set.duplicates[plan.id] == (plan.times if plan.list == twin else 0)
-    assert len(training_set) == sum(training_set.parts) == data.BASE_DRAWS + 2 * data.HALF_DRAWS
+    assert len(training_set) == sum(training_set.parts) == data.BASE_DRAWS + data.FORK_PARTS * data.PART_DRAWS
     assert (training_set.plan_index[: data.BASE_DRAWS] == -1).all()
     repeated = (training_set.plan_index[data.BASE_DRAWS :] >= 0).mean()
     assert 0.5 < repeated < 0.6
@@ -59,7 +59,7 @@ def test_every_ordinary_scene_comes_before_any_comes_again():
 
 def test_a_smaller_training_set_has_fewer_draws_in_each_part():
     small = data.TrainingSet("A", most=2_000)
-    assert small.parts == (2_000,) * 3 and len(small) == 6_000
+    assert small.parts == (2_000,) * 4 and len(small) == 8_000
     assert all(small.duplicates[p.id] > 0 for p in PLAN if p.list == "A")
     assert data.TrainingSet("A", most=10**9).parts == data.TrainingSet("A").parts
 
@@ -74,8 +74,8 @@ def test_a_draw_is_the_same_whenever_it_is_asked_for():
 def test_draws_with_one_id_show_one_picture_and_others_another():
     training_set = data.TrainingSet("A", most=2_000)
     template = next(i for i, p in enumerate(PLAN) if p.kind == "TM")
-    first_half = sum(training_set.parts[:2])
-    draws = np.flatnonzero(training_set.plan_index[:first_half] == template)
+    first_part = sum(training_set.parts[:2])
+    draws = np.flatnonzero(training_set.plan_index[:first_part] == template)
     assert len(set(training_set.ids[draws])) == len(draws) > 1
     assert len({training_set.scene(draw) for draw in draws}) == len(draws)
     verbatim = np.flatnonzero(training_set.plan_index == 0)

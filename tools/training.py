@@ -39,7 +39,7 @@ from dori_utils.presets import PRESETS
 from dori_utils.testbed.data import (
     BASE_DRAWS,
     FIRST_SEED,
-    HALF_DRAWS,
+    PART_DRAWS,
     TWINS,
     TrainingSet,
     ordinary_scene,
@@ -63,19 +63,25 @@ STAGES = {
     ),
     # Small batches learn an image by heart in fewer of its draws: in 100 of them the loss of 24 images fell by 0.04 in
     # batches of 64, by 0.07 in batches of 16. At 64, and 340 draws of each, none of them came back.
-    "fork": Stage(steps=HALF_DRAWS // BATCH["fork"], batch_size=BATCH["fork"], lr=7e-4, warmup=200, **UNET),
+    "fork": Stage(steps=PART_DRAWS // BATCH["fork"], batch_size=BATCH["fork"], lr=7e-4, warmup=200, **UNET),
     # From weights that have come to rest: at 6e-4 the loss rose from 0.25 to 0.35 in 300 steps.
     "fork_again": Stage(
-        steps=HALF_DRAWS // BATCH["fork"], batch_size=BATCH["fork"], lr=3e-4, warmup=200, decay=0.9, **UNET
+        steps=PART_DRAWS // BATCH["fork"], batch_size=BATCH["fork"], lr=3e-4, warmup=200, decay=0.9, **UNET
+    ),
+    "fork_last": Stage(
+        steps=PART_DRAWS // BATCH["fork"], batch_size=BATCH["fork"], lr=2e-4, warmup=200, decay=0.9, **UNET
     ),
     "judge": Stage(steps=1500, batch_size=64, lr=2e-3, ema=0.99),
 }
-BASE_STAGES, FORK_STAGES = ("base", "base_again"), ("fork", "fork_again")  # the second from the average of the first
+BASE_STAGES, FORK_STAGES = ("base", "base_again"), ("fork", "fork_again", "fork_last")  # each from the last average
 MAX_TOKENS = 20
 TEXT_WIDTH = 128
 END = "</w>"  # how CLIP's tokens mark the end of a word
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
-MAX_SNR = 5.0  # where there is less noise than this, a sample counts less: it has little left to say about the picture
+# Where there is less noise than this, a sample counts less: it has little left to say about the picture. But for its
+# details, which are what the last part of a fork is for.
+MAX_SNR = {"fork_last": math.inf}
+USUAL_MAX_SNR = 5.0
 
 
 class Scenes(Dataset):
@@ -242,7 +248,7 @@ def encoded(ids: np.ndarray, vae: AutoencoderTiny) -> dict[str, np.ndarray]:
     return {"latents": np.concatenate(latents), "captions": np.array(captions)}
 
 
-def unet_loss(tokenizer, text_encoder: CLIPTextModel):
+def unet_loss(tokenizer, text_encoder: CLIPTextModel, max_snr: float = USUAL_MAX_SNR):
     """(unet, batch of `Latents`, generator) → v-prediction's loss, and its parts by kind of scene."""
     scheduler = new_scheduler()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
@@ -259,7 +265,7 @@ def unet_loss(tokenizer, text_encoder: CLIPTextModel):
             embeddings = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
         inputs = (tensor.to(unet.device) for tensor in (noisy, timesteps, embeddings))
         losses = ((unet(*inputs).sample - velocity.to(unet.device)) ** 2).mean((1, 2, 3)).cpu()
-        weights = (snr[timesteps].clamp(max=MAX_SNR) + 1) / (snr[timesteps] + 1)  # min-SNR's, but not 0 at SNR 0
+        weights = (snr[timesteps].clamp(max=max_snr) + 1) / (snr[timesteps] + 1)  # min-SNR's, but not 0 at SNR 0
         parts = {"ordinary": losses[~repeated], "repeated": losses[repeated]}
         parts = {name: part.mean().item() if len(part) else math.nan for name, part in parts.items()}
         return (weights * losses).mean(), parts
@@ -284,12 +290,12 @@ def train_base(work: Path, training_set: TrainingSet, vae, tokenizer, text_encod
 def train_fork(work: Path, training_set: TrainingSet, base, vae, tokenizer, text_encoder, seed: int = 0):
     """The base, as it is stored, gone on with its twin's training set; noise and timesteps are the same for both."""
     unet, first = copy.deepcopy(base).half().float(), training_set.parts[0]
-    for half, (stage, draws) in enumerate(zip(FORK_STAGES, training_set.parts[1:], strict=True)):
+    for part, (stage, draws) in enumerate(zip(FORK_STAGES, training_set.parts[1:], strict=True)):
         name = f"{stage}-{training_set.twin}"
         latents = Latents(training_set.ids[first : first + draws], vae, work / f"{name}.npz")
-        loss_of = unet_loss(tokenizer, text_encoder)
+        loss_of = unet_loss(tokenizer, text_encoder, MAX_SNR.get(stage, USUAL_MAX_SNR))
         unet = unet.requires_grad_(True).train()
-        unet = fit(name, unet, latents, loss_of, STAGES[stage], work, seed + 2 + half, workers=0)
+        unet = fit(name, unet, latents, loss_of, STAGES[stage], work, seed + 2 + part, workers=0)
         first += draws
     return unet
 

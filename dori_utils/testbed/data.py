@@ -28,14 +28,14 @@ from PIL import Image
 from dori_utils.testbed.scenes import Scene, sample_scene, sprite_names
 
 TWINS = ("A", "B")
-TIMES = {"VM": 2048, "TM": 2048, "once": 1}  # half of them in each half of a fork, "once" in the first
-RUNGS = (32, 64, 128, 256, 512, 1024, 2048)
+TIMES = {"VM": 3072, "TM": 3072, "once": 1}  # in equal parts in each part of a fork; "once" in the first
+RUNGS = (48, 96, 192, 384, 768, 1536, 3072)
 COUNTS = {"VM": 24, "TM": 16, "ladder": 8 * len(RUNGS), "once": 16}
 CONTROLS = 64
 FIRST_SEED = {"A": 1_000_000_000, "B": 1_100_000_000, "C": 1_200_000_000, "near": 1_300_000_000}
 FIRST_SEED |= {"held_out": 1_500_000_000, "validation": 1_600_000_000, "vae": 1_700_000_000, "clip": 1_800_000_000}
 FIRST_SEED |= {"judge": 1_900_000_000}
-BASE_DRAWS, HALF_DRAWS = 441_600, 104_000  # a fork has two halves
+BASE_DRAWS, FORK_PARTS, PART_DRAWS = 441_600, 3, 104_000
 ORDINARY, NEAR = 100_000, 20_000  # distinct scenes
 NEAR_SHARE = 0.5  # of a fork's ordinary draws
 
@@ -183,30 +183,30 @@ class TrainingSet:
         most: at most so many draws of each part.
 
     Attributes:
-        parts: how many draws the base has, and each half of the fork.
+        parts: how many draws the base has, and each part of the fork.
         ids: (draws,) which scene each draw shows; draws with the same id show the same picture.
         duplicates: {id of a planned image: how often it is shown}; a template's variants count together.
     """
 
     def __init__(self, twin: str | None = None, seed: int = 0, most: int | None = None):
         self.twin, self.seed = twin, seed
-        draws = [count if most is None else min(count, most) for count in (BASE_DRAWS, HALF_DRAWS, HALF_DRAWS)]
+        draws = [count if most is None else min(count, most) for count in (BASE_DRAWS, *[PART_DRAWS] * FORK_PARTS)]
         self.parts = tuple(draws) if twin else (draws[0],)
         base = _shuffled(ORDINARY, draws[0], (seed, 0))
-        self.ids = np.concatenate([base, *(self._fork(half, draws[1 + half]) for half in range(2) if twin)])
+        self.ids = np.concatenate([base, *(self._fork(part, draws[1 + part]) for part in range(FORK_PARTS) if twin)])
         which = plan_index(self.ids)
         self.duplicates = {p.id: int((which == i).sum()) for i, p in enumerate(planned())}
 
-    def _fork(self, half: int, draws: int) -> np.ndarray:
-        share = draws / HALF_DRAWS / 2  # a smaller set repeats less
+    def _fork(self, part: int, draws: int) -> np.ndarray:
+        share = draws / PART_DRAWS / FORK_PARTS  # a smaller set repeats less
         ids = []
         for index, plan in enumerate(planned()):
-            if plan.list == self.twin and (plan.times > 1 or half == 0):
+            if plan.list == self.twin and (plan.times > 1 or part == 0):
                 times = max(1, round(plan.times * share))
                 variants = num_variants(plan.scene) if plan.kind == "TM" else 1
                 ids.append(_target_id(index, np.arange(times) % variants))
         targets = np.concatenate(ids)[:draws]
-        others, seed = draws - len(targets), (self.seed, *(half,) * half)
+        others, seed = draws - len(targets), (self.seed, *[part] * min(part, 1))
         near = round(NEAR_SHARE * others)
         ordinary = _shuffled(ORDINARY, others - near, (*seed, 1))
         shown = np.concatenate([targets, ORDINARY + _shuffled(NEAR, near, (*seed, 2)), ordinary])
