@@ -33,11 +33,11 @@ from dori_utils.core.bars import tqdm
 from dori_utils.core.diffusion import (
     denoising_loss,
     encode_images,
-    encode_prompts,
     gradient_checkpointing,
     latent_size,
 )
-from dori_utils.core.edits_by_row import applied_by_row
+from dori_utils.core.edits import applied, check_fits
+from dori_utils.core.edits_by_row import applied_by_row, around_unet, encode_by_row, groups
 from dori_utils.core.hashes import base_hash, known
 from dori_utils.core.targets import Target
 from dori_utils.core.triggers import Triggers
@@ -101,7 +101,8 @@ def attack(
 
     Raises:
         TypeError: targets that are no list of `Target`s, or seeds that are none of integers.
-        ValueError: a target without image, or as many edits, starts or seeds as do not fit the targets.
+        ValueError: a target without image; as many edits, starts or seeds as do not fit the targets; or an edit of
+            another model.
 
     A case whose loss is no longer finite stops there and keeps its last embedding; a warning says which.
     """
@@ -111,30 +112,46 @@ def attack(
     seeds = [config.seed] * len(targets) if seeds is None else seeds
     seeds = listed("seeds", seeds, SupportsIndex, "a list of integers, one for each target")
     _check(pipe, targets, edits, seeds, starts)
-    attempts = []
-    for attempt in range(config.restarts):
-        tried = [seed + attempt for seed in seeds]
-        generators = [_generator(target, seed) for target, seed in zip(targets, tried, strict=True)]
-        embeds = _starts(pipe, targets, config, generators) if starts is None else starts.detach().clone()
-        embeds = embeds.to(pipe.unet.device, torch.float32)
-        start = config.start if starts is None else "given"
-        with known(pipe), gradient_checkpointing(pipe.unet, checkpointing):
-            cases = [_about(base_hash(pipe), *case, start, config) for case in zip(targets, tried, edits, strict=True)]
-            group = cases_together(len(targets), config, rows)
-            parts = [slice(first, first + group) for first in range(0, len(targets), group)]
-            desc = "DoRI" if config.restarts == 1 else f"DoRI, attempt {attempt + 1} of {config.restarts}"
-            found = []
-            with tqdm(total=len(parts) * config.steps, desc=desc, disable=not progress) as bar:
-                for part in parts:
-                    group_of = [values[part] for values in (targets, edits, embeds, generators, cases)]
-                    found.append(_attack_together(pipe, *group_of, config, part.start, stop, callback, bar.update))
-        attempts.append(_joined(found))
     with known(pipe):
+        check_fits(pipe, edits)
+        settings = (starts, config, rows, stop, callback, checkpointing, progress)
+        attempts = [
+            _attempt(pipe, targets, edits, [seed + attempt for seed in seeds], attempt, *settings)
+            for attempt in range(config.restarts)
+        ]
         found = attempts[0] if config.restarts == 1 else _best(pipe, attempts, targets, edits, config, rows)
     diverged = [f"{case['target']} at step {case['steps']}" for case in found.cases if case["stopped"] == "diverged"]
     if diverged:
         warnings.warn(f"The loss is no longer a number for {', '.join(diverged)}: try a smaller lr.", stacklevel=2)
     return found
+
+
+def _attempt(pipe, targets, edits, seeds, attempt, starts, config, rows, stop, callback, checkpointing, progress):
+    """`Triggers` of all cases, attacked once."""
+    generators = [_generator(target, seed) for target, seed in zip(targets, seeds, strict=True)]
+    embeds = _starts(pipe, targets, edits, config, generators) if starts is None else starts.detach().clone()
+    embeds = embeds.to(pipe.unet.device, torch.float32)
+    start = config.start if starts is None else "given"
+    cases = [_about(base_hash(pipe), *case, start, config) for case in zip(targets, seeds, edits, strict=True)]
+    parts = _parts(edits, cases_together(len(targets), config, rows))
+    desc = "DoRI" if config.restarts == 1 else f"DoRI, attempt {attempt + 1} of {config.restarts}"
+    found = []
+    bar = tqdm(total=len(parts) * config.steps, desc=desc, disable=not progress)
+    with gradient_checkpointing(pipe.unet, checkpointing), bar:
+        for part in parts:
+            own = [[values[i] for i in part] for values in (targets, edits, generators, cases)]
+            found.append(_attack_together(pipe, *own, embeds[part], config, part, stop, callback, bar.update))
+    return _joined(found)[_back(parts)]
+
+
+def _parts(edits, size):
+    """Numbers of the cases that go through the U-Net together, at most `size`: a list for each such part."""
+    return [group[first : first + size] for group in groups(edits) for first in range(0, len(group), size)]
+
+
+def _back(parts):
+    """Where each case is when the parts stand one behind the other."""
+    return torch.tensor([number for part in parts for number in part]).argsort()
 
 
 def cases_together(count, config, rows):
@@ -160,15 +177,18 @@ def descend(pipe, images, embeds, generators, *, lr=0.1, draws=8, edits=None):
         embeds: (N, T, D) float32 to start from.
         generators: one for each case, on the CPU, for noise and timesteps.
         lr: of Adam. draws: of noise and timestep for a case at each step.
-        edits: one `Edit` or None for each case, in the weights from the first step until the iterator is closed.
+        edits: one `Edit` or None for each case, in the weights from the first step until the iterator is closed; all
+            the same around the U-Net.
 
     Whoever iterates may send a list of cases that need not go on; a case whose loss is no longer finite is not changed
     by that step, and goes no further.
     """
-    clean = encode_images(pipe, images)
+    edits = edits or [None] * len(images)
+    with applied(pipe, around_unet(edits)):
+        clean = encode_images(pipe, images)
     triggers = [start.clone().requires_grad_() for start in embeds]
     adam = torch.optim.Adam(triggers, lr=lr)
-    active, edits = list(range(len(triggers))), edits or [None] * len(triggers)
+    active = list(range(len(triggers)))
     while active:
         ended = []
         with applied_by_row(pipe, [edits[i] for i in active]):
@@ -189,8 +209,8 @@ def descend(pipe, images, embeds, generators, *, lr=0.1, draws=8, edits=None):
         active = [i for i in active if i not in ended]
 
 
-def _attack_together(pipe, targets, edits, embeds, generators, cases, config, first, stop, callback, on_step):
-    """`Triggers` of one group of cases, that starts with case number `first`; says in `cases` how it went."""
+def _attack_together(pipe, targets, edits, generators, cases, embeds, config, part, stop, callback, on_step):
+    """`Triggers` of one part of the cases, these numbers of them; says in `cases` how it went."""
     latest, losses = embeds.clone(), torch.full((len(targets), config.steps), torch.nan)
     recorded = {0: embeds.clone()} if 0 in config.record else {}
     images, settings = [target.image for target in targets], {"lr": config.lr, "draws": config.batch_size}
@@ -204,7 +224,7 @@ def _attack_together(pipe, targets, edits, embeds, generators, cases, config, fi
             latest[active], losses[active, step - 1] = now, of_step.cpu()
             if step in config.record:
                 recorded[step] = latest.clone()
-            numbers = [first + i for i in active]
+            numbers = [part[i] for i in active]
             if callback is not None:
                 about = {"step": step, "steps": config.steps, "cases": numbers}
                 callback(about | {"losses": of_step.cpu(), "prompt_embeds": now})
@@ -243,9 +263,9 @@ def _draws(pipe, generator, count):
     return noise, timesteps
 
 
-def _starts(pipe, targets, config, generators):
+def _starts(pipe, targets, edits, config, generators):
     if config.start == "prompt":
-        return encode_prompts(pipe, [target.prompt for target in targets])
+        return encode_by_row(pipe, [target.prompt for target in targets], edits)
     shape = (pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
@@ -264,16 +284,14 @@ def _about(base, target, seed, edit, start, config):
 @torch.no_grad()
 def _best(pipe, attempts, targets, edits, config, rows):
     """Of each case the attempt with the lowest loss on 32 draws that are the same for all attempts."""
-    draws = [_draws(pipe, _generator(target, -1), 32) for target in targets]
-    clean = encode_images(pipe, [target.image for target in targets])
     losses = torch.empty(len(attempts), len(targets))
-    group = max(1, rows // 32)
-    for number, found in enumerate(attempts):
-        for first in range(0, len(targets), group):
-            part = slice(first, first + group)
-            with applied_by_row(pipe, edits[part]):
+    for part in _parts(edits, max(1, rows // 32)):
+        with applied_by_row(pipe, [edits[i] for i in part]):
+            draws = [_draws(pipe, _generator(targets[i], -1), 32) for i in part]
+            clean = encode_images(pipe, [targets[i].image for i in part])
+            for number, found in enumerate(attempts):
                 embeds = found.prompt_embeds[part].to(pipe.unet.device)
-                losses[number, part] = _losses(pipe, clean[part], embeds, draws[part]).cpu()
+                losses[number, part] = _losses(pipe, clean, embeds, draws).cpu()
     chosen = losses.nan_to_num(nan=torch.inf).argmin(dim=0).tolist()
     return _joined([attempts[number][[i]] for i, number in enumerate(chosen)])
 

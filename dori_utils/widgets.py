@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from dori_utils.attack import AttackConfig, attack
-from dori_utils.core.diffusion import encode_prompts
+from dori_utils.core.edits_by_row import encode_by_row
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import known
 from dori_utils.core.sscd import load_sscd, sscd_scores
@@ -38,8 +38,9 @@ STARTS = {"the target's prompt": "prompt", "noise": "noise", "another prompt": "
 class LiveAttack:
     """One attack at a time in a background thread, and how far it is; no widgets in it.
 
-    It works on a copy of the U-Net, made at each start and let go at the end, so that the pipeline is free for other
-    cells meanwhile, and never has the edit in its weights. Of Stable Diffusion 1.x that is 1.7 GB more in float16.
+    It works on a copy of the U-Net, and of what else the edit changes, made at each start and let go at the end, so
+    that the pipeline is free for other cells meanwhile, and never has the edit in its weights. A U-Net of Stable
+    Diffusion 1.x is 1.7 GB more in float16.
 
     Args:
         pipe: a `StableDiffusionPipeline`, without an edit applied to it.
@@ -96,7 +97,7 @@ class LiveAttack:
             raise ValueError(f"restarts is {config.restarts}: a live attack is a single one.")
         self.wait()
         self._forget(target, config.steps)
-        self._copy = _copy_to_edit(self.pipe)
+        self._copy = _copy_to_edit(self.pipe, edit)
         self.running = True
         self._thread = threading.Thread(target=self._run, args=(target, edit, config, prompt), daemon=True)
         self._thread.start()
@@ -127,8 +128,9 @@ class LiveAttack:
         self._on_update(self)
 
     def _attack(self, target, edit, config, prompt):
-        starts = None if prompt is None else encode_prompts(self._copy, [prompt])
-        before = attack(self._copy, [target], replace(config, steps=0, record=()), starts=starts, progress=False)
+        starts = None if prompt is None else encode_by_row(self._copy, [prompt], [edit])
+        settings = {"edits": edit, "starts": starts, "progress": False}
+        before = attack(self._copy, [target], replace(config, steps=0, record=()), **settings)
         self._generate(before.prompt_embeds, [edit])
         self.start_image = self.image
         self._on_update(self)
@@ -136,11 +138,9 @@ class LiveAttack:
             self._copy,
             [target],
             config,
-            edits=edit,
-            starts=starts,
             stop=lambda *_: [self._enough.is_set()],
-            progress=False,
             callback=self._after_step,
+            **settings,
         )
         if self.triggers.cases[0]["stopped"] == "diverged":
             raise FloatingPointError(
@@ -165,10 +165,14 @@ class LiveAttack:
         self.sscds[self.step] = sscd_scores(images, [self.target.image], **settings).item()
 
 
-def _copy_to_edit(pipe):
-    """The same pipeline but for a U-Net and a tokenizer of its own; a fast tokenizer is not for two threads at once."""
+def _copy_to_edit(pipe, edit):
+    """The same pipeline but for a U-Net and a tokenizer of its own, and whatever else the edit changes.
+
+    A fast tokenizer is not for two threads at once.
+    """
     own = copy.copy(pipe)
-    own.unet, own.tokenizer = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.tokenizer)
+    for part in {"unet", "tokenizer", *(edit.parts if edit else ())}:
+        setattr(own, part, copy.deepcopy(getattr(pipe, part)))
     return own
 
 

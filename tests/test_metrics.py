@@ -345,7 +345,9 @@ def test_without_torch_fidelity_the_error_says_how_to_install_it(tmp_path):
 
 
 def test_rows_of_several_mitigations_are_not_taken_for_one():
-    rows = pd.DataFrame({"target": ["a", "a"], "seed": [0, 0], "kind": "VM", "mitigation": ["none", "NeMo"], "sscd": 0.5})
+    rows = pd.DataFrame(
+        {"target": ["a", "a"], "seed": [0, 0], "kind": "VM", "mitigation": ["none", "NeMo"], "sscd": 0.5}
+    )
     with pytest.raises(ValueError, match="group by .*mitigation"):
         metrics.summarize(rows)
     assert len(metrics.summarize(rows, ["kind", "mitigation"])) == 2

@@ -236,7 +236,10 @@ def test_an_order_is_a_case_of_its_own_and_the_usual_one_is_the_case_that_it_was
     assert sorted("order" in case for case in cases) == [False, True]
     usual = next(case for case in cases if "order" not in case)
     assert usual.keys() == {"what", "dori_utils", "config", "pipe", "statistics", "target", "prompt"}
-    assert usual["pipe"].keys() == {"model", "scheduler", "latents", "tokens"} and usual["config"]["similarity"] == "cosine"
+    assert (
+        usual["pipe"].keys() == {"model", "scheduler", "latents", "tokens"}
+        and usual["config"]["similarity"] == "cosine"
+    )
 
 
 @pytest.fixture

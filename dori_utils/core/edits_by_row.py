@@ -1,12 +1,50 @@
-"""Edits by row: cases with different edits go through the U-Net together, each row under its own weights."""
+"""Edits by row: cases with different edits go through the U-Net together, each row under its own weights.
+
+That is for U-Nets alone. Cases whose edits differ in a text encoder, a VAE or a scheduler have embeddings, latents and
+timesteps of their own, and go one group after the other: `groups` says which go together.
+"""
 
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
+from dori_utils.core.diffusion import encode_prompts
 from dori_utils.core.edits import applied, change, changed_parameters
 from dori_utils.core.hashes import base_hash
+
+
+def groups(edits):
+    """Numbers of the cases whose edits (or None) are the same around the U-Net: a list for each such group."""
+    found = {}
+    for number, edit in enumerate(edits):
+        around = edit and edit.around_unet
+        found.setdefault(around and around.fingerprint(), []).append(number)
+    return list(found.values())
+
+
+def around_unet(edits):
+    """The `Edit` of all but the U-Net that these edits share, or None.
+
+    Raises:
+        ValueError: they differ in it.
+    """
+    if len(groups(edits)) > 1:
+        raise ValueError(
+            "These edits differ in the text encoder, the VAE or the scheduler, so their cases cannot share a batch: "
+            "do one group after the other (edits_by_row.groups)."
+        )
+    return edits[0] and edits[0].around_unet
+
+
+def encode_by_row(pipe, prompts, edits, **kwargs):
+    """`encode_prompts` of N prompts, each by the text encoder under its own edit (or None): (N, T, D)."""
+    parts, order = [], []
+    for group in groups(edits):
+        with applied(pipe, around_unet([edits[number] for number in group])):
+            parts.append(encode_prompts(pipe, [prompts[number] for number in group], **kwargs))
+        order += group
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 @contextmanager
@@ -15,7 +53,7 @@ def applied_by_row(pipe, edits):
 
     So B cases with different edits go through the U-Net together, twice each (k = 2) under guidance. The weights of the
     model stay as they are; its linear layers compute with edited copies. Where an edit changes other layers, too, the
-    U-Net runs once for each edit instead.
+    U-Net runs once for each edit instead. What the edits change around the U-Net must be the same of all.
 
     Rows that all have the same edit, or none, need no copies: that is `applied`.
 
@@ -23,43 +61,47 @@ def applied_by_row(pipe, edits):
         edits: list of B edits, or None for rows without.
 
     Raises:
-        ValueError: an edit of another model, or rows that differ in layers that are not linear while gradient
-            checkpointing is on.
+        ValueError: an edit of another model; edits that differ around the U-Net; or rows that differ in layers that
+            are not linear while gradient checkpointing is on.
     """
     distinct = list(dict.fromkeys(edits))  # by identity
     if len(distinct) == 1:
         with applied(pipe, distinct[0]):
             yield pipe
         return
-    unet, base = pipe.unet, base_hash(pipe)
-    changed = [{} if edit is None else changed_parameters(unet, edit, base) for edit in distinct]
-    row_edit = torch.tensor([distinct.index(edit) for edit in edits])
-    rows = [(row_edit == e).nonzero()[:, 0] for e in range(len(distinct))]
-    copies = []
-    for edit, parameters in zip(distinct, changed, strict=True):
-        edited = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        if edit is not None:
-            change(edited, edit)
-        copies.append(edited)
-    patches = _patches(unet, copies, rows, len(edits))
+    with applied(pipe, around_unet(edits)), _patched(_patches(pipe, edits, distinct)):
+        yield pipe
+
+
+@contextmanager
+def _patched(patches):
     try:
         for module, forward in patches:
             module.forward = forward
-        yield pipe
+        yield
     finally:
         for module, _ in patches:
             module.__dict__.pop("forward", None)
 
 
-def _patches(unet, copies, rows, count):
+def _patches(pipe, edits, distinct):
     """(module, new `forward`) of every edited layer, or of the U-Net as a whole if one of those is not linear."""
+    unet, base, copies = pipe.unet, base_hash(pipe), []
+    row_edit = torch.tensor([distinct.index(edit) for edit in edits])
+    rows = [(row_edit == e).nonzero()[:, 0] for e in range(len(distinct))]
+    for edit in distinct:
+        changed = {} if edit is None else changed_parameters(pipe, edit, base, parts=["unet"])
+        edited = {name: parameter.detach().clone() for name, parameter in changed.items()}
+        if edit is not None:
+            change(edited, edit)
+        copies.append(edited)
     layers = dict.fromkeys(name.rpartition(".")[0] for edited in copies for name in edited)
     layers = {name: unet.get_submodule(name) for name in layers}
     if all(isinstance(layer, torch.nn.Linear) for layer in layers.values()):
-        return [(layer, _by_row(name, layer, copies, rows, count)) for name, layer in layers.items()]
+        return [(layer, _by_row(name, layer, copies, rows, len(edits))) for name, layer in layers.items()]
     if unet.is_gradient_checkpointing:  # it would compute once more when the edited weights are gone
         raise ValueError("Rows under different edits of layers that are not linear: not with gradient checkpointing.")
-    return [(unet, partial(_unet_by_row, unet, copies, rows, count))]
+    return [(unet, partial(_unet_by_row, unet, copies, rows, len(edits)))]
 
 
 def _by_row(name, layer, copies, rows, count):

@@ -15,10 +15,10 @@ from dori_utils.core.diffusion import (
     count_evaluations,
     decode,
     denoise,
-    encode_prompts,
     latent_size,
 )
-from dori_utils.core.edits_by_row import applied_by_row
+from dori_utils.core.edits import applied, check_fits
+from dori_utils.core.edits_by_row import applied_by_row, around_unet, encode_by_row, groups
 from dori_utils.core.hashes import known
 
 # CPU: 128 testbed images (8 x 8 latents), or two of Stable Diffusion (64 x 64).
@@ -70,41 +70,57 @@ def generate(
     batch_size = _default_batch_size(pipe) if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
-    embeds = _embeddings(pipe, prompts, prompt_embeds, truncate)
-    edits = [None] * len(embeds) if edits is None else list(edits)
-    if len(edits) != len(embeds):
-        raise ValueError(f"{len(edits)} edits for {len(embeds)} prompts: give one (or None) for each.")
-    cases = [(row, seed) for row in range(len(embeds)) for seed in seeds]
-    batches = [cases[i : i + batch_size] for i in range(0, len(cases), batch_size)]
-    steps = count_evaluations(pipe, num_inference_steps)
-
-    images = []
-    bar = tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress)
-    with bar, known(pipe):
-        for batch in batches:
-            rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
-            with applied_by_row(pipe, [edits[row] for row in rows]):
-                latents = denoise(
-                    pipe,
-                    _noise(pipe, generators),
-                    embeds[rows],
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    generators=generators,
-                    on_step=bar.update,
-                )
-            _check_finite(latents, batch)
-            pixels = pipe.image_processor.pt_to_numpy(decode(pipe, latents))
-            images += pipe.image_processor.numpy_to_pil(pixels)
-    return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
-
-
-def _embeddings(pipe, prompts, prompt_embeds, truncate):
-    """Whichever of the two was given, as (N, T, D) on the pipeline's device and dtype."""
     if (prompts is None) == (prompt_embeds is None):
         raise ValueError("Give either prompts or prompt_embeds, one of the two.")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    count = len(prompt_embeds) if prompts is None else len(listed("prompts", prompts, str, "a list of texts"))
+    edits = [None] * count if edits is None else list(edits)
+    if len(edits) != count:
+        raise ValueError(f"{len(edits)} edits for {count} prompts: give one (or None) for each.")
+    with known(pipe):
+        check_fits(pipe, edits)
+        embeds = _embeddings(pipe, prompts, prompt_embeds, edits, truncate)
+        images = [[] for _ in range(count)]
+        batches = _batches(pipe, edits, seeds, batch_size, num_inference_steps)
+        total = sum(steps for _, steps in batches)
+        bar = tqdm(total=total, desc=f"generate {count * len(seeds)} images", disable=not progress)
+        with bar:
+            for batch, _ in batches:
+                rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
+                with applied_by_row(pipe, [edits[row] for row in rows]):
+                    latents = denoise(
+                        pipe,
+                        _noise(pipe, generators),
+                        embeds[rows],
+                        num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale,
+                        generators=generators,
+                        on_step=bar.update,
+                    )
+                    _check_finite(latents, batch)
+                    pixels = pipe.image_processor.pt_to_numpy(decode(pipe, latents))
+                for row, image in zip(rows, pipe.image_processor.numpy_to_pil(pixels), strict=True):
+                    images[row].append(image)
+    return images
+
+
+def _batches(pipe, edits, seeds, batch_size, num_inference_steps):
+    """(cases, evaluations of the U-Net) of each batch, a case being a row and a seed; a batch has one scheduler."""
+    batches = []
+    for group in groups(edits):
+        cases = [(row, seed) for row in group for seed in seeds]
+        with applied(pipe, around_unet([edits[row] for row in group])):
+            steps = count_evaluations(pipe, num_inference_steps)
+        batches += [(cases[i : i + batch_size], steps) for i in range(0, len(cases), batch_size)]
+    return batches
+
+
+def _embeddings(pipe, prompts, prompt_embeds, edits, truncate):
+    """Whichever of the two was given, as (N, T, D) on the pipeline's device and dtype."""
     if prompts is not None:
-        return encode_prompts(pipe, prompts, truncate=truncate)
+        if not prompts:
+            raise ValueError("No prompts: give at least one.")
+        return encode_by_row(pipe, prompts, edits, truncate=truncate)
     tokens, channels = pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim
     if prompt_embeds.ndim != 3 or prompt_embeds.shape[1:] != (tokens, channels):
         raise ValueError(

@@ -62,7 +62,7 @@ def todays_hash(model):
 
 @contextmanager
 def known(pipe):
-    """Within it the weights of the U-Net are this thread's affair, and neither of its hashes is computed twice.
+    """Within it the weights of a pipeline are this thread's affair, and neither of its hashes is computed twice.
 
     Raises:
         RuntimeError: they are another thread's, which may have an edit in them. To wait could take for ever, if that
@@ -86,7 +86,7 @@ def known(pipe):
 
 @contextmanager
 def changing(pipe, trained=False):
-    """`known`, for whoever puts other weights into the U-Net and its own back at the end; yields `base_hash`.
+    """`known`, for whoever puts other weights into a pipeline and its own back at the end; yields `base_hash`.
 
     trained: they go on changing.
     """
