@@ -58,20 +58,26 @@ def _load_single_file(file, base, dtype, local_files_only):
 
 
 def predicted(file):
-    """What the U-Net of a single file predicts, "epsilon" or "v", if the file says so; else None.
-
-    It may say so in texts beside its tensors (github.com/Stability-AI/ModelSpec), in a tensor without content called
-    v_pred, or by global_step: of Stable Diffusion 2, whose weights have the same names and shapes either way, diffusers
-    knows the 512-pixel model by that.
-    """
+    """What the U-Net of a single file predicts, "epsilon" or "v", if the file says so; else None."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as content:
         keys, about = set(content.keys()), content.metadata() or {}
-        step = content.get_tensor("global_step").item() if "global_step" in keys else None
+        told = {key: content.get_tensor(key) for key in keys & {"global_step", "v_pred"}}
+    return says_it_predicts(told, about)
+
+
+def says_it_predicts(tensors, about):
+    """The same of a file's tensors and the texts about them.
+
+    It may say so in the texts (github.com/Stability-AI/ModelSpec), in a tensor without content called v_pred, or by
+    global_step: of Stable Diffusion 2, whose weights have the same names and shapes either way, diffusers knows the
+    512-pixel model by that.
+    """
+    step = tensors["global_step"].item() if "global_step" in tensors else None
     said = {about.get(f"modelspec.{field}") for field in ("prediction_type", "predict_key")} & {"epsilon", "v"}
     architecture = about.get("modelspec.architecture", "")
-    if "v_pred" in keys or architecture.startswith("stable-diffusion-v2-768-v"):
+    if "v_pred" in tensors or architecture.startswith("stable-diffusion-v2-768-v"):
         said.add("v")
     if step == 875_000 or architecture.startswith("stable-diffusion-v2-512"):
         said.add("epsilon")
@@ -96,7 +102,7 @@ def _base_of(file, keys):
 
 def warn_of_averages(file, keys):
     """A `UserWarning` if a single file holds its U-Net twice."""
-    if any(key.startswith("model_ema.") for key in keys):
+    if {key for key in keys if key.startswith("model_ema.")} - {"model_ema.decay", "model_ema.num_updates"}:
         warnings.warn(
             f"{file} holds two U-Nets: the trained weights (model.diffusion_model), which are taken, and their average "
             "over training (model_ema), which is not. The average is usually the better one: to audit that, give a "

@@ -5,7 +5,8 @@ reads them through cross-attention while it denoises latents, and the VAE decode
 finds one by short name, folder or Hugging Face Hub id, and hands it over in the state that every analysis expects:
 evaluation mode, no gradients on weights, no safety checker (a replaced black image would read as "not memorized").
 
-Only safetensors files are read. A pickled checkpoint can run code when it is opened, so it is refused.
+Safetensors are read; of a folder that has pickled weights alone (.bin), those: tensors only; no code of the file is
+run.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ from dori_utils.core.arguments import first_three
 from dori_utils.core.checkpoints import _check_cross_attention, _check_safetensors, _load_single_file, check_tokenizer
 from dori_utils.core.hashes import WEIGHTS
 from dori_utils.core.hub import BUNDLED, _locate, _repair, first_line, quiet
+from dori_utils.core.tensor_files import check_size, warn_of_files, weight_files
 
 
 @torch.inference_mode(False)  # else weights loaded under a caller's inference_mode could not be attacked
@@ -91,11 +93,9 @@ def load_unet(folder, *, dtype=None):
 
     folder = Path(folder).expanduser()
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    if not weight_files(folder)[0] or not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no U-Net: a config.json and weights *.safetensors. Check the path.")
-    for file in files:
-        _check_safetensors(file)
+    check_weight_files(folder)
     unet = from_pretrained(UNet2DConditionModel, folder)
     with quiet():
         return unet.to(dtype or torch.float32).eval().requires_grad_(False)
@@ -128,20 +128,33 @@ def _check_files(folder):
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model_index.json, so it is no diffusers pipeline. Check the path.")
     for part in WEIGHTS:
-        files = sorted((folder / part).glob("*.safetensors"))
-        if not files:
+        if not weight_files(folder / part)[0]:
+            there = sorted(file.name for file in (folder / part).glob("*")) or ["nothing"]
             raise FileNotFoundError(
-                f"No weight file {folder / part}/*.safetensors (pickled .bin files are never read). {_repair(folder)}"
+                f"No weight file {folder / part}/*.safetensors, nor *.bin; there is {first_three(there)}. "
+                f"{_repair(folder)}"
             )
-        for file in files:
-            _check_safetensors(file)
+        check_weight_files(folder / part)
     check_tokenizer(folder)
+
+
+def check_weight_files(folder):
+    """Name the weight file that is damaged or too large, and say which are taken if these are not the usual ones."""
+    files, chosen = weight_files(folder)
+    for file in files:
+        (_check_safetensors if chosen["use_safetensors"] else check_size)(file)
+    warn_of_files(files, chosen)
 
 
 def config_of(folder):
     """What a model's or a scheduler's config.json says; nothing of a tokenizer, which has none."""
-    files = [folder / "config.json", folder / "scheduler_config.json"]
-    return next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
+    for file in (folder / "config.json", folder / "scheduler_config.json"):
+        if file.is_file():
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise OSError(f"{file} cannot be read as a configuration ({error}).") from error
+    return {}
 
 
 def _load_part(folder, part, dtype):
@@ -153,15 +166,18 @@ def _load_part(folder, part, dtype):
     return model.to(dtype)  # not at loading: diffusers calls that torch_dtype or dtype, depending on its version
 
 
-def from_pretrained(model_class, folder):
-    """A model whose every weight is from its file: the libraries only warn when they make up a random one."""
+def from_pretrained(model_class, folder, all_used=False):
+    """A model whose every weight is from its file: the libraries only warn when they make up a random one.
+
+    Of a U-Net, and with `all_used` of any model, also no weight may be left over.
+    """
     with quiet():
         model, report = model_class.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, local_files_only=True, output_loading_info=True, **weight_files(folder)[1]
         )
     if report["missing_keys"]:
         raise ValueError(f"weights are missing from {folder}: {', '.join(sorted(report['missing_keys'])[:3])}")
-    if model_class.__name__ == "UNet2DConditionModel" and report["unexpected_keys"]:
-        unused = first_three(sorted(report["unexpected_keys"]))
-        raise ValueError(f"{folder} holds weights that no layer in its config.json has: {unused}")
+    unused = sorted(name for name in report["unexpected_keys"] if not name.endswith("position_ids"))
+    if unused and (all_used or model_class.__name__ == "UNet2DConditionModel"):
+        raise ValueError(f"{folder} holds weights that no layer in its config.json has: {first_three(unused)}")
     return model
