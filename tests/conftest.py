@@ -15,6 +15,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are written for float32 on a CPU
 
+import re  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -281,3 +283,59 @@ def write_data(clip_folder, random_picture):
         return rows, captions
 
     return write
+
+
+# --- Stable Diffusion's original names, written down by hand --------------------------------------------------------
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+OUTSIDE = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+OUTSIDE |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+VAE = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "group_norm": "norm"}
+VAE |= {"mid_block.attentions.0": "mid.attn_1", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE |= {"downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out"}
+VAE |= {"conv_shortcut": "nin_shortcut", "resnets": "block", "down_blocks": "down"}
+
+
+def renamed(name, names):
+    for old, new in names.items():
+        name = re.sub(rf"(^|\.){re.escape(old)}\.", rf"\g<1>{new}.", name)
+    return name
+
+
+def original_unet_name(name):
+    """The name of a parameter of a U-Net with two layers a block, in Stable Diffusion's own code."""
+    found = re.match(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", name)
+    if not found:
+        return renamed(name, OUTSIDE)
+    part, number, kind, layer, rest = found.groups()
+    rest, layer = renamed(rest, RESNET) if kind == "resnets" else rest, int(layer)
+    if part == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
+    block, place = 3 * int(number), {"resnets": 0, "attentions": 1}.get(kind)
+    if part == "down_blocks":
+        return (
+            f"input_blocks.{block + layer + 1}.{place}.{rest}"
+            if place is not None
+            else (f"input_blocks.{block + 3}.0.op.{rest.removeprefix('conv.')}")
+        )
+    if place is None:
+        return f"output_blocks.{block + 2}.{1 if number == '0' else 2}.{rest}"  # the first up block has no attention
+    return f"output_blocks.{block + layer}.{place}.{rest}"
+
+
+def original_vae_name(name, up_blocks):
+    name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{up_blocks - 1 - int(found[1])}", name)
+    return renamed(name, VAE)
+
+
+def original_layout(pipe):
+    """Name → tensor of a whole pipeline, as Stable Diffusion 1.x was published."""
+    tensors = {f"model.diffusion_model.{original_unet_name(n)}": t for n, t in pipe.unet.state_dict().items()}
+    for name, tensor in pipe.vae.state_dict().items():
+        new = original_vae_name(name, len(pipe.vae.config.up_block_types))
+        is_conv = ".mid.attn_1." in f".{new}" and new.endswith("weight") and tensor.ndim == 2
+        tensors[f"first_stage_model.{new}"] = tensor[..., None, None] if is_conv else tensor
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

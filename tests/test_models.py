@@ -154,10 +154,43 @@ def test_a_truncated_weight_file_is_named(folder, file):
         load_pipeline(folder)
 
 
-def test_pickled_weights_are_never_read(folder):
-    torch.save(load_file(folder / UNET_FILE), folder / "unet" / "diffusion_pytorch_model.bin")
+def test_a_folder_without_weights_says_what_is_there(folder):
+    (folder / UNET_FILE).rename(folder / "unet" / "weights.onnx")
+    with pytest.raises(FileNotFoundError, match=r"No weight file .*unet.*there is config.json, weights.onnx"):
+        load_pipeline(folder)
+
+
+PICKLED_NAMES = {"unet": "diffusion_pytorch_model.bin", "vae": "diffusion_pytorch_model.bin"}
+PICKLED_NAMES |= {"text_encoder": "pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bin", "fp16 bin"])
+def test_what_a_folder_has_in_another_kind_of_file_alone_is_taken_and_said(kind, folder):
+    wanted, half = load_pipeline(folder, device="cpu"), "fp16" in kind
+    for file in (UNET_FILE, VAE_FILE, TEXT_FILE):
+        file = folder / file
+        tensors = {name: tensor.half() if half else tensor for name, tensor in load_file(file).items()}
+        name = PICKLED_NAMES[file.parent.name] if "bin" in kind else file.name
+        if half:
+            name = ".fp16.".join(name.rsplit(".", 1))
+        file.unlink()
+        (torch.save if "bin" in kind else save_file)(tensors, file.with_name(name))
+    said = "tensors only; no code of the file is run" if "bin" in kind else "as it is all that is there"
+    with pytest.warns(UserWarning, match=f"unet: .* {said}"):
+        pipe = load_pipeline(folder, device="cpu")
+    for part in ("unet", "vae", "text_encoder"):
+        theirs = dict(getattr(wanted, part).named_parameters())
+        for name, parameter in getattr(pipe, part).named_parameters():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, theirs[name].half().float() if half else theirs[name]), name
+
+
+def test_two_variants_without_a_default_are_named(folder):
+    for variant in ("fp16", "non_ema"):
+        shutil.copy(folder / UNET_FILE, folder / "unet" / f"diffusion_pytorch_model.{variant}.safetensors")
+    load_pipeline(folder)  # the default is there
     (folder / UNET_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=r"No weight file .*unet.*pickled .bin files are never read"):
+    with pytest.raises(OSError, match="unet holds fp16, non_ema variants of weights and no default"):
         load_pipeline(folder)
 
 

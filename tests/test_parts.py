@@ -4,19 +4,26 @@ import copy
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 
 from dori_utils.attack import AttackConfig, attack, descend
+from dori_utils.cli.weights import read_edit
 from dori_utils.core.cache import key_of
 from dori_utils.core.differences import difference
-from dori_utils.core.edits import Edit, applied, check_fits, union
+from dori_utils.core.edits import Edit, applied, change, check_fits, union
 from dori_utils.core.edits_by_row import applied_by_row, groups
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import base_hash, current_hash, known, model_hash
+from dori_utils.core.models import load_pipeline
+from dori_utils.core.sscd import load_sscd
+from dori_utils.core.store import Store
 from dori_utils.core.targets import Target
+from dori_utils.evaluation import audit
+from dori_utils.presets import PRESETS
 
 QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0, "progress": False}
 
@@ -221,8 +228,6 @@ def test_a_difference_makes_the_other_weight_to_the_bit_however_far_the_two_are_
     model.weight = torch.nn.Parameter(own.reshape(400, 500).clone(), requires_grad=False)
     remainders = {} if remainder is None else {"weight": remainder}
     edit = Edit("theirs", "m", deltas={"weight": delta.reshape(400, 500)}, remainders=remainders)
-    from dori_utils.core.edits import change
-
     change({"weight": model.weight}, edit)
     assert torch.equal(model.weight.flatten(), other)
     assert dtype == torch.float16 or remainder is not None
@@ -260,3 +265,32 @@ def test_weights_that_are_no_numbers_are_named_with_their_part(sd1):
         dict((n.removeprefix("text_model."), p) for n, p in other.named_parameters())[name].data[0] = float("nan")
         with pytest.raises(ValueError, match=f"NaN or infinity in its {name}: it would draw nothing"):
             Edit.between(sd1, {part: other})
+
+
+def test_a_folder_as_an_edit_gives_the_numbers_of_the_same_folder_as_a_model(pipe, others, random_picture, tmp_path):
+    with_others(pipe, others).save_pretrained(tmp_path / "theirs")
+    targets = [Target("cat", "a cat on a car", random_picture(0), "VM"), Target("dog", "dog", random_picture(1), "VM")]
+    controls = [Target("never", "a red guitar", random_picture(2), "control")]
+    attack = AttackConfig(steps=2, batch_size=2, record=(1, 2))
+    settings = {"attack": attack, "controls": controls}
+    edit, model = read_edit(pipe, tmp_path / "theirs"), load_pipeline(tmp_path / "theirs", device="cpu")
+    assert edit.parts == tuple(others)
+    preset, sscd = PRESETS["smoke"], load_sscd()
+    as_edit = audit(pipe, targets, preset, Store(tmp_path / "a"), sscd, edits={"theirs": edit}, **settings)
+    as_model = audit(model, targets, preset, Store(tmp_path / "b"), sscd, edits={"theirs": None}, **settings)
+    columns = ["mitigation", "target", "attack", "steps", "seed", "sscd", "d_sscd"]
+    pd.testing.assert_frame_equal(as_edit[columns], as_model[columns], check_exact=True)
+    base = audit(pipe, targets, preset, Store(tmp_path / "a"), sscd, edits={"theirs": None}, **settings)
+    assert not np.allclose(base["sscd"], as_model["sscd"])
+
+
+def test_an_edit_of_another_base_is_refused_before_anything_is_computed(sd1, sd2, random_picture, monkeypatch):
+    edit = Edit.between(sd2, {"text_encoder": changed(sd2, "text_encoder")})
+    monkeypatch.setattr(type(sd1), "encode_prompt", lambda *_, **__: pytest.fail("a prompt is encoded"))
+    target = Target("t", "a cat", random_picture(0), "VM")
+    for call in (
+        lambda: generate(sd1, ["a cat"] * 2, edits=[None, edit], **QUICK),
+        lambda: attack(sd1, [target] * 2, AttackConfig(steps=1), edits=[None, edit], progress=False),
+    ):
+        with pytest.raises(ValueError, match="made for a model with the hash"):
+            call()

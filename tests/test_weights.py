@@ -1,8 +1,8 @@
 """Other people's weights, in every layout in which they are handed on, become an `Edit` or a pipeline."""
 
 import copy
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import original_layout
 from diffusers import DDIMScheduler
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -20,59 +21,6 @@ from dori_utils.cli.weights import edit_names, read_edit
 from dori_utils.core.edits import Edit, applied
 from dori_utils.core.hashes import model_hash
 from dori_utils.core.models import load_pipeline
-
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
-RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-OUTSIDE = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-OUTSIDE |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-VAE = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "group_norm": "norm"}
-VAE |= {"mid_block.attentions.0": "mid.attn_1", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-VAE |= {"downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out"}
-VAE |= {"conv_shortcut": "nin_shortcut", "resnets": "block", "down_blocks": "down"}
-
-
-def renamed(name, names):
-    for old, new in names.items():
-        name = re.sub(rf"(^|\.){re.escape(old)}\.", rf"\g<1>{new}.", name)
-    return name
-
-
-def original_unet_name(name):
-    """The name of a parameter of a U-Net with two layers a block, in Stable Diffusion's own code."""
-    found = re.match(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", name)
-    if not found:
-        return renamed(name, OUTSIDE)
-    part, number, kind, layer, rest = found.groups()
-    rest, layer = renamed(rest, RESNET) if kind == "resnets" else rest, int(layer)
-    if part == "mid_block":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
-    block, place = 3 * int(number), {"resnets": 0, "attentions": 1}.get(kind)
-    if part == "down_blocks":
-        return (
-            f"input_blocks.{block + layer + 1}.{place}.{rest}"
-            if place is not None
-            else (f"input_blocks.{block + 3}.0.op.{rest.removeprefix('conv.')}")
-        )
-    if place is None:
-        return f"output_blocks.{block + 2}.{1 if number == '0' else 2}.{rest}"  # the first up block has no attention
-    return f"output_blocks.{block + layer}.{place}.{rest}"
-
-
-def original_vae_name(name, up_blocks):
-    name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{up_blocks - 1 - int(found[1])}", name)
-    return renamed(name, VAE)
-
-
-def original_layout(pipe):
-    """Name → tensor of a whole pipeline, as Stable Diffusion 1.x was published."""
-    tensors = {f"model.diffusion_model.{original_unet_name(n)}": t for n, t in pipe.unet.state_dict().items()}
-    for name, tensor in pipe.vae.state_dict().items():
-        new = original_vae_name(name, len(pipe.vae.config.up_block_types))
-        is_conv = ".mid.attn_1." in f".{new}" and new.endswith("weight") and tensor.ndim == 2
-        tensors[f"first_stage_model.{new}"] = tensor[..., None, None] if is_conv else tensor
-    for name, tensor in pipe.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
-    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
 def same_weights(model, other):
@@ -300,10 +248,11 @@ def test_a_lora_of_which_a_part_would_be_left_out_is_refused(what, sd1, adapted,
         layer = next(name for name in state if "lora_B" in name).removesuffix(".weight")
         state[f"{layer}.bias"] = torch.ones(len(state[f"{layer}.weight"]))
     else:
-        state = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v.diff": torch.ones(16, 16)}
+        state = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v.oft_blocks": torch.ones(2, 8, 8)}
     save_file(state, tmp_path / "theirs.safetensors")
     before = model_hash(sd1)
-    with pytest.raises(ValueError, match="does not fit this U-Net|diffusers does not read"):
+    named = {"a bias": "lora_B.bias", "a kind of its own": "oft_blocks", "half a layer": "to_[kv] it has down"}
+    with pytest.raises(ValueError, match=f"does not fit this U-Net.*{named.get(what, 'down_blocks.9')}"):
         read_edit(sd1, tmp_path / "theirs.safetensors")
     assert model_hash(sd1) == before
 
@@ -431,9 +380,7 @@ def test_a_folder_with_one_file_in_it_stands_for_the_file(sd1, theirs, tmp_path)
 @pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
 @pytest.mark.parametrize("also_unet", [True, False])
 @pytest.mark.parametrize("projections", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "out_proj"]])
-def test_a_lora_that_changes_the_text_encoder_is_refused_and_never_halved(
-    layout, also_unet, projections, sd1, adapted, tmp_path
-):
+def test_a_lora_of_the_text_encoder_is_read_whole(layout, also_unet, projections, sd1, adapted, tmp_path):
     """Of attention that is adapted without out_proj, diffusers forgets all."""
     text = {}
     for projection in projections:
@@ -448,9 +395,14 @@ def test_a_lora_that_changes_the_text_encoder_is_refused_and_never_halved(
         save_file(kohya_names(unet) | text, tmp_path / "theirs.safetensors")
     else:
         save_file({f"base_model.model.{n}": t for n, t in (unet | text).items()}, tmp_path / "theirs.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
     before = model_hash(sd1)
-    with pytest.raises(ValueError, match="changes the text encoder, too.*a model of its own"):
-        read_edit(sd1, tmp_path)
+    edit = read_edit(sd1, tmp_path)
+    of_text = {name: delta for name, delta in edit.deltas.items() if name.startswith("text_encoder.")}
+    wanted = {f"text_encoder.encoder.layers.0.self_attn.{projection}.weight" for projection in projections}
+    assert of_text.keys() == wanted and all((delta == 2).all() for delta in of_text.values())
+    assert len(edit.deltas) == len(wanted) + 64 * also_unet
+    assert edit.parts == (("unet", "text_encoder") if also_unet else ("text_encoder",))
     assert model_hash(sd1) == before
 
 
@@ -472,33 +424,53 @@ def changed_part(pipe, part):
     return other
 
 
-PARTS = ["text_encoder", "text_encoder setting", "vae", "vae setting", "scheduler", "scheduler setting"]
+@pytest.mark.parametrize("also_unet", [True, False])
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "vae setting", "scheduler", "scheduler setting"])
+def test_whatever_a_pipeline_is_changed_in_is_part_of_the_edit(part, also_unet, sd1, theirs, tmp_path):
+    other, changed = copy.copy(sd1), part.split()[0]
+    if also_unet:
+        other.unet = theirs
+    setattr(other, changed, changed_part(sd1, part))
+    other.save_pretrained(tmp_path / "theirs")
+    before = model_hash(sd1)
+    edit = read_edit(sd1, tmp_path / "theirs")
+    assert edit.parts == (("unet", changed) if also_unet else (changed,)) and model_hash(sd1) == before
+    with applied(sd1, edit):
+        assert model_hash(sd1) == model_hash(other)
+        assert sd1.vae.config.scaling_factor == other.vae.config.scaling_factor
+        assert type(sd1.scheduler) is type(other.scheduler)
+        assert sd1.scheduler.config.prediction_type == other.scheduler.config.prediction_type
+    if also_unet:
+        shutil.rmtree(tmp_path / "theirs" / "unet")  # what edits the text encoder alone may be published alone
+        assert read_edit(sd1, tmp_path / "theirs").parts == (changed,)
 
 
 @pytest.mark.parametrize("also_unet", [True, False])
-@pytest.mark.parametrize("part", [*PARTS, "tokenizer setting"])
-def test_a_pipeline_that_is_changed_in_more_than_its_unet_is_refused_by_the_name_of_the_part(
-    part, also_unet, sd1, theirs, tmp_path
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("text_encoder setting", "The other text encoder is of another architecture: its hidden_act is gelu"),
+        ("tokenizer setting", "differs from the pipeline in its tokenizer, and"),
+    ],
+)
+def test_a_pipeline_that_is_changed_in_what_no_edit_holds_is_refused_by_it(
+    part, said, also_unet, sd1, theirs, tmp_path
 ):
     other = copy.copy(sd1)
     if also_unet:
         other.unet = theirs
     setattr(other, part.split()[0], changed_part(sd1, part))
     other.save_pretrained(tmp_path / "theirs")
-    before = model_hash(sd1)
-    with pytest.raises(
-        ValueError, match=rf"differs from the pipeline in its {part.split()[0]}, and.* --model .*theirs"
-    ):
-        read_edit(sd1, tmp_path / "theirs")
-    assert model_hash(sd1) == before
-    shutil.rmtree(tmp_path / "theirs" / "unet")  # what edits the text encoder alone may be published alone
-    with pytest.raises(ValueError, match=f"differs from the pipeline in its {part.split()[0]}, and"):
+    with pytest.raises(ValueError, match=rf"{said}.* --model .*theirs"):
         read_edit(sd1, tmp_path / "theirs")
 
 
-def test_all_parts_that_differ_are_named_and_one_of_another_kind_is(sd1, tiny_testbed, tmp_path):
+def test_a_part_of_another_kind_is_named(sd1, tiny_testbed, tmp_path):
     tiny_testbed.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="in its vae and scheduler, and"):
+    with pytest.raises(ValueError, match="in its vae, and"):
+        read_edit(sd1, tmp_path / "theirs")
+    (tmp_path / "theirs" / "text_encoder_2").mkdir()
+    with pytest.raises(ValueError, match="of another kind than the pipeline: it has a text_encoder_2"):
         read_edit(sd1, tmp_path / "theirs")
 
 
@@ -543,24 +515,30 @@ def test_a_unets_own_folder_is_taken_alone_with_a_warning_where_its_pipeline_dif
     with warnings.catch_warnings(action="error"):
         assert len(read_edit(sd1, tmp_path / "theirs" / "unet").deltas) == 1
     changed_part(sd1, "text_encoder").save_pretrained(tmp_path / "theirs" / "text_encoder")
-    with pytest.warns(UserWarning, match="taken alone, .*differs in its text_encoder, too.*--model .*theirs"):
+    with pytest.warns(UserWarning, match="taken alone, .*differs in its text_encoder, too.*to take all: .*theirs"):
         assert len(read_edit(sd1, tmp_path / "theirs" / "unet").deltas) == 1
-    with pytest.raises(ValueError, match="holds CLIPTextModel, and an edit is of the U-Net alone"):
-        read_edit(sd1, tmp_path / "theirs" / "text_encoder")
+    with pytest.warns(UserWarning, match="text_encoder is taken alone, .*differs in its unet, too"):
+        assert read_edit(sd1, tmp_path / "theirs" / "text_encoder").parts == ("text_encoder",)
+    DDIMScheduler.from_config(sd1.scheduler.config).save_pretrained(tmp_path / "ddim")
+    assert read_edit(sd1, tmp_path / "ddim").parts == ("scheduler",)
+    (tmp_path / "ddim" / "scheduler_config.json").unlink()
+    (tmp_path / "ddim" / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(ValueError, match="holds BertModel, which is no part of the pipeline"):
+        read_edit(sd1, tmp_path / "ddim")
 
 
 @pytest.mark.parametrize("also_unet", [True, False])
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
-def test_a_checkpoint_that_is_changed_in_more_than_its_unet_is_refused_by_the_name_of_the_part(
-    part, also_unet, sd1, theirs, tmp_path
-):
+def test_whatever_a_checkpoint_is_changed_in_is_part_of_the_edit(part, also_unet, sd1, theirs, tmp_path):
     other = copy.copy(sd1)
     if also_unet:
         other.unet = theirs
     setattr(other, part, changed_part(sd1, part))
     save_file(original_layout(other), tmp_path / "theirs.safetensors")
-    with pytest.raises(ValueError, match=rf"differs from the pipeline in its {part}, and.* --model .*theirs"):
-        read_edit(sd1, tmp_path / "theirs.safetensors")
+    edit = read_edit(sd1, tmp_path / "theirs.safetensors")
+    assert edit.parts == (("unet", part) if also_unet else (part,)) and len(edit.deltas) == 1 + also_unet
+    with applied(sd1, edit):
+        assert model_hash(sd1) == model_hash(other)
 
 
 def test_of_a_checkpoint_counts_what_it_holds_and_says(sd1, theirs, tmp_path):
@@ -575,20 +553,23 @@ def test_of_a_checkpoint_counts_what_it_holds_and_says(sd1, theirs, tmp_path):
     save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
     assert alone.deltas.keys() <= read_edit(sd1, file).deltas.keys()
     save_file(tensors, file, {"modelspec.prediction_type": "v"})
-    with pytest.raises(ValueError, match="in its scheduler, and"):
-        read_edit(sd1, file)
+    other = read_edit(sd1, file)
+    assert other.parts == ("unet", "scheduler")
+    with applied(sd1, other):
+        assert sd1.scheduler.config.prediction_type == "v_prediction"
+        assert type(sd1.scheduler).__name__ == "PNDMScheduler"
 
 
 def test_a_checkpoint_with_a_part_of_another_kind_is_refused(sd1, tiny_testbed, theirs, tmp_path):
     """The tiny testbed's U-Net is that of SD 1.x, but its VAE is an AutoencoderTiny."""
     file = tmp_path / "theirs.safetensors"
     save_file(original_layout(sd1), file)
-    with pytest.raises(ValueError, match="vae in .* is of another architecture than the pipeline's, or lacks weights"):
+    with pytest.raises(ValueError, match="another architecture than the pipeline's, .*it has more, first_stage_model"):
         read_edit(tiny_testbed, file)
     tensors = original_layout(sd1)
     del tensors["cond_stage_model.transformer.text_model.final_layer_norm.weight"]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="differs from the pipeline in its text_encoder, and"):
+    with pytest.raises(ValueError, match="lacks weights of the text encoder: text_encoder.final_layer_norm.weight"):
         read_edit(sd1, file)
 
 

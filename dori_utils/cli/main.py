@@ -97,8 +97,9 @@ def _audit_arguments(parser):
         action="append",
         default=[],
         metavar="PATH",
-        help="what someone did to the weights: a U-Net's folder, a checkpoint, a LoRA or a file of Edit.save; may be "
-        "given several times (default: none, so that the model is audited as it is)",
+        help="what someone did to the model: a pipeline's folder or a part's, a checkpoint, weights of some layers, a "
+        "LoRA or the like, NeMo's table of neurons, a file of Edit.save; may be given several times (default: none, so "
+        "that the model is audited as it is)",
     )
     attack = parser.add_argument_group("the attack", "defaults are those of the presets testbed and paper")
     attack.add_argument("--steps", type=int, metavar="N", help="steps of the attack (default: 50)")
@@ -182,7 +183,8 @@ def _audit(options):
     chosen = {name: value for name, value in chosen.items() if value is not None}
     attack = changed_attack(preset.attack, chosen)
     pipe = load_pipeline(options.model, base=options.base)
-    return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, _edits(pipe, options))
+    edits = _edits(pipe, options, targets)
+    return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, edits)
 
 
 def _sweep(options):
@@ -229,9 +231,9 @@ def _targets(where, model, kinds):
     return read_targets(where)
 
 
-def _edits(pipe, options):
-    """The name and `Edit` of each path, after the model as it is."""
-    from dori_utils.cli.weights import edit_names, read_edit
+def _edits(pipe, options, targets):
+    """The name of each path and its `Edit`, or one for each target, after the model as it is."""
+    from dori_utils.cli.weights import edit_names, read_edits
     from dori_utils.core.hashes import known
 
     names = edit_names(options.edit)
@@ -239,7 +241,7 @@ def _edits(pipe, options):
         raise ValueError("Two mitigations are called 'original'. Rename one of the files or folders.")
     with known(pipe):
         return {"original": None} | {
-            name: read_edit(pipe, path) for name, path in zip(names, options.edit, strict=True)
+            name: read_edits(pipe, path, targets) for name, path in zip(names, options.edit, strict=True)
         }
 
 

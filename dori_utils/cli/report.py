@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from dori_utils.cached import cached_attack, cached_generate
+from dori_utils.cli.changes import changes
 from dori_utils.cli.verdicts import INTERVAL_TARGETS, _counted, conclusion, settings_table, verdicts
 from dori_utils.core.metrics import THRESHOLD
 from dori_utils.core.sscd import load_sscd, to_rgb
@@ -82,7 +83,8 @@ def write_report(folder, pipe, targets, controls, preset, store, attack, edits=N
     plt.close(fig)
     path = folder / "report.html"
     replay = REPLAY.replace("manual_seed(0)", f"manual_seed({preset.seeds[0]}), **{preset.sampling}")
-    html = _html(rows, pictures, folder / "steps.png", _settings(rows, edits), replay)
+    changed = {name: _changes(pipe, edit) for name, edit in edits.items()}
+    html = _html(rows, pictures, folder / "steps.png", _settings(rows, edits), replay, changed)
     path.write_text(html, encoding="utf-8")
     return path
 
@@ -149,6 +151,12 @@ def _settings(rows, edits):
     return rows.attrs | {"seeds": seeds, "libraries": versions} | {name: _about_edit(e) for name, e in edits.items()}
 
 
+def _changes(pipe, edit):
+    """Which parts of the model an edit changes, and how much; of several edits the first's."""
+    each = edit if isinstance(edit, list | tuple) else [edit]
+    return [] if each[0] is None else changes(pipe, each[0])
+
+
 def _about_edit(edit):
     if edit is None:
         return "no edit"
@@ -157,7 +165,7 @@ def _about_edit(edit):
     return about if len(each) == 1 else f"{len(each)} edits, one for each target, the first: {about}"
 
 
-def _html(rows, pictures, curves, settings, replay):
+def _html(rows, pictures, curves, settings, replay, changed):
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -179,6 +187,7 @@ def _html(rows, pictures, curves, settings, replay):
         ]
         mitigations.append(
             {"name": name, "file": _file_name(name), "conclusion": conclusion(rows, name), "targets": targets}
+            | {"changed": changed[name]}
         )
     return template.render(
         mitigations=mitigations,

@@ -30,6 +30,7 @@ from dori_utils import nemo, wanda
 from dori_utils.attack import AttackConfig
 from dori_utils.cached import cached_attack, cached_edits
 from dori_utils.cli.engines import started
+from dori_utils.cli.published import neurons
 from dori_utils.cli.verdicts import settings_table, verdicts
 from dori_utils.cli.weights import edit_names, read_edit
 from dori_utils.core.bars import tqdm
@@ -131,7 +132,7 @@ class Plan:
         for case in cases:
             own = {"target": case.target.id, "prompt": case.target.prompt, "image": images[case.target.id]}
             own |= {"mitigation": about["mitigations"][case.mitigation], "attack": attacks[case.attack]}
-            if self.mitigations[case.mitigation] in PRUNING:
+            if _of_each_target(self.mitigations[case.mitigation]):
                 own["edited for"] = [case.edited_for.id, case.edited_for.prompt]
             configs.append(common | own)
         return configs
@@ -159,7 +160,12 @@ class Worker:
     @functools.cached_property
     def edits(self):
         paths = {name: how for name, how in self.plan.mitigations.items() if how and how not in PRUNING}
-        return {name: read_edit(self.pipe, path) for name, path in paths.items()}
+        return {
+            name: neurons.read_table(self.pipe, Path(path), name)
+            if _of_each_target(path)
+            else read_edit(self.pipe, path)
+            for name, path in paths.items()
+        }
 
     def about(self) -> dict:
         """What results depend on beside the case, JSON values; "made by" is for tables."""
@@ -172,7 +178,8 @@ class Worker:
         if how is None:
             return None
         if how not in PRUNING:
-            return {"edit": self.edits[name].fingerprint()}
+            edit = self.edits[name]
+            return {"edit": neurons.fingerprint(edit) if _of_each_target(how) else edit.fingerprint()}
         about = {"method": PRUNING[how], "config": asdict(getattr(self.plan.preset, how))}
         return about | ({"statistics": self.statistics.fingerprint()} if how == "nemo" else {})
 
@@ -200,11 +207,17 @@ class Worker:
         if how is None:
             return None
         if how not in PRUNING:
-            return [self.edits[case.mitigation]]
+            edit = self.edits[case.mitigation]
+            return neurons.edits_of_targets(edit, [case.edited_for], how) if _of_each_target(how) else [edit]
         localize_each = {"nemo": nemo, "wanda": wanda}[how].localize_each
         own = {"progress": False} | ({"statistics": self.statistics} if how == "nemo" else {})
         config = getattr(self.plan.preset, how)
         return cached_edits(localize_each, self.pipe, [case.edited_for], config, self.store, **own)
+
+
+def _of_each_target(how):
+    """Has each target an edit of its own under this mitigation, as `Plan` has it?"""
+    return how in PRUNING or (how is not None and neurons.is_table(Path(how)))
 
 
 class _QuietStore(Store):

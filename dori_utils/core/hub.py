@@ -27,7 +27,10 @@ def _locate(name_or_path, revision, local_files_only, weights=True):
     location = MODELS.get(str(name_or_path), name_or_path)
     folder = Path(location).expanduser()
     if folder.is_file() and folder.suffix in PICKLED:
-        raise OSError(f"{folder} is pickled, and a pickle can run code when it is opened. Give it as safetensors.")
+        raise OSError(
+            f"{folder} is pickled, and a pickle can run code when it is opened. Give it as safetensors, or with --edit "
+            "(cli.weights.read_edit) on top of the model that it was made from: there tensors only are read of it."
+        )
     if folder.exists():
         return folder
     if folder in BUNDLED.values():

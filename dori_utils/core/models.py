@@ -141,6 +141,8 @@ def _check_files(folder):
 def check_weight_files(folder):
     """Name the weight file that is damaged or too large, and say which are taken if these are not the usual ones."""
     files, chosen = weight_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no weights: no file *.safetensors, nor *.bin.")
     for file in files:
         (_check_safetensors if chosen["use_safetensors"] else check_size)(file)
     warn_of_files(files, chosen)

@@ -51,7 +51,7 @@ def read_adapters(pipe, path, tensors, about, name) -> Edit:
     settings = _settings(path, tensors, about)
     layers = _by_layer(pipe, path, tensors)
     lacking = [layer for layer, own in layers.items() if not own.keys() & {"magnitude", "dora_scale"}]
-    if lacking and any(own.get("use_dora") for own in settings.values()):
+    if lacking := [layer for layer in lacking if _of_part(settings, layer).get("use_dora")]:
         raise ValueError(f"The DoRA in {path} lacks magnitudes, those of {first_three(lacking)}.")
     parameters, deltas = named_parameters(pipe), {}
     for layer, own in layers.items():
@@ -139,7 +139,7 @@ def _deltas_of_layer(path, layer, own, settings, parameters):
     whose = f"The LoRA in {path} does not fit this {WORDS[part_of(layer)]}"
     try:
         matrices = formulas.matrices(own, kinds, scale)
-    except RuntimeError as error:  # torch's, of shapes that do not go together
+    except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not go together
         raise ValueError(f"{whose}: of {layer}, {first_line(error)}.") from error
     if matrices is None:
         raise ValueError(f"{whose}: of {layer} it has {', '.join(sorted(own))}, which make no delta of a known kind.")
@@ -148,7 +148,7 @@ def _deltas_of_layer(path, layer, own, settings, parameters):
         if parameter not in parameters:
             raise ValueError(f"{whose}, which has no {parameter}.")
         weight = parameters[parameter].detach()
-        if matrix.numel() != weight.numel() or len(matrix) != len(weight):
+        if matrix.numel() != weight.numel() or matrix.shape[:1] != weight.shape[:1]:
             shapes = f"{tuple(matrix.shape)}, the weight {tuple(weight.shape)}"
             raise ValueError(f"{whose}: its delta of {parameter} has the shape {shapes}.")
         found[parameter] = matrix.reshape(weight.shape)
@@ -182,12 +182,16 @@ def _scale(settings, layer, alpha, rank):
     """alpha / rank, from the file's tensor or from peft's settings; 1 where neither says an alpha."""
     if alpha is not None:
         return 1.0 if rank is None else alpha.item() / rank
-    own = settings.get(part_of(layer)) or settings.get(None, {})
+    own = _of_part(settings, layer)
     alpha = _of_layer(own.get("alpha_pattern"), layer, own.get("lora_alpha", own.get("alpha")))
     rank = _of_layer(own.get("rank_pattern"), layer, own.get("r")) if rank is None else rank
     if alpha is None or rank is None:
         return 1.0
     return alpha / rank**0.5 if own.get("use_rslora") else alpha / rank
+
+
+def _of_part(settings, layer):
+    return settings.get(part_of(layer)) or settings.get(None, {})
 
 
 def _of_layer(patterns, layer, usual):

@@ -46,7 +46,8 @@ def read_pipeline(pipe, folder, name) -> Edit:
     try:
         return between(pipe, others, method=name)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error} {of_its_own(folder) if 'architecture' in str(error) else ''}") from error
+        advice = f" {of_its_own(folder)}" if "another architecture" in str(error) else ""
+        raise ValueError(f"{folder}: {error}{advice}") from error
 
 
 def read_part(pipe, folder, name) -> Edit:
@@ -77,8 +78,8 @@ def _loaded(pipe, folder, part):
         if part in ("unet", "text_encoder", "vae") and kind not in (None, type(own).__name__):
             return kind
         return _load(pipe, place, part, kind)
-    except (OSError, ValueError, RuntimeError) as error:
-        if part == "unet":
+    except Exception as error:  # of many kinds, the libraries' among them
+        if part == "unet" and isinstance(error, OSError | ValueError):
             raise
         raise OSError(
             f"{place} cannot be compared with the pipeline's {part} ({first_line(error)}). If nothing but the U-Net "
@@ -132,7 +133,7 @@ def _warn_of_changes_around(pipe, around, alone):
     try:
         changed = [part for part in PARTS if part != alone and _differs(pipe, around, part)]
     except OSError as error:
-        differs = f"may differ in more: {first_line(error.__cause__)}."
+        differs = f"may differ in more: {first_line(error.__cause__ or error)}."
     else:
         differs = changed and f"differs in its {' and '.join(changed)}, too. Give its folder to take all: {around}."
     if differs:

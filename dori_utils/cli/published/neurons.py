@@ -6,6 +6,7 @@ the down and middle blocks, in the order in which they run.
 """
 
 import csv
+import hashlib
 import json
 
 import torch
@@ -56,6 +57,12 @@ def edits_of_targets(table, targets, path) -> list[Edit]:
             "audited under the neurons of its own prompt: give --targets that the table has."
         )
     return [table[target.prompt] for target in targets]
+
+
+def fingerprint(table):
+    """16 hex characters that change with any neuron of any prompt."""
+    rows = [f"{prompt} {edit.fingerprint()}" for prompt, edit in sorted(table.items())]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
 def _rows(path):

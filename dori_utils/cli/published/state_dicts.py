@@ -1,12 +1,14 @@
 """State dicts: files with weights by their names, of some layers of a model, of parts of it, or of a whole checkpoint.
 
 What a file holds takes the place of the pipeline's; what it does not hold stays. Every tensor is used, or the file is
-refused by the names of those that no layer takes. Three kinds are no weights of the pipeline: position_ids; a
-checkpoint's noise schedule, which must be the pipeline's; and an average over training beside the trained weights, of
-which it is said.
+refused by the names of those that no layer takes. Not of a layer of their own are a second name of the same weights;
+position_ids; a checkpoint's noise schedule, which must be the pipeline's; and an average over training beside the
+trained weights, of which it is said.
 """
 
 from types import SimpleNamespace
+
+import torch
 
 from dori_utils.cli.published.names import Names
 from dori_utils.core import checkpoints, models
@@ -67,7 +69,8 @@ def _weights(pipe, path, tensors):
     known = {key: names.find(key) for key in tensors}
     if not any(known.values()):
         raise ValueError(f"{path} holds weights of an unknown kind, such as {', '.join(sorted(tensors)[:3])}.")
-    if unknown := sorted(key for key, of in known.items() if not of):
+    unknown = [key for key, of in known.items() if not of]
+    if unknown := sorted(key for key in unknown if not _is_alias(tensors, known, key)):
         raise ValueError(
             f"{path} is of another architecture than the pipeline's, or of more than its parts: it has more, "
             f"{first_three(unknown)}, and no layer takes that."
@@ -76,12 +79,19 @@ def _weights(pipe, path, tensors):
     for key, of in known.items():
         check_is_weight(path, key, tensors[key])
         for own, piece in zip(of, _pieces(tensors[key], len(of)), strict=True):
-            if own in found:
-                raise ValueError(f"{path} holds the weights of {own} twice, the second time as {key}.")
-            found[own] = _fitted(path, key, piece, own, parameters[own].shape)
+            piece = _fitted(path, key, piece, own, parameters[own].shape)
+            if not torch.equal(found.setdefault(own, piece), piece):
+                raise ValueError(f"{path} holds the weights of {own} twice, as {key} and otherwise.")
     if all(((tensor == 0) | (tensor == 1)).all() for tensor in found.values()) and any(t.any() for t in found.values()):
         raise ValueError(f"{path} holds nothing but 0 and 1: masks, not weights. Give the weights that they led to.")
     return found
+
+
+def _is_alias(tensors, known, key):
+    """Is a tensor that no layer takes another name of one that a layer does take?"""
+    last, own = key.rpartition(".")[2], tensors[key]
+    names = (other for other, of in known.items() if of and other.rpartition(".")[2] == last)
+    return any(tensors[other].shape == own.shape and torch.equal(tensors[other], own) for other in names)
 
 
 def check_is_weight(path, key, tensor):
@@ -117,8 +127,9 @@ def _check_whole(pipe, path, tensors, weights):
 
 def _check_beside(pipe, path, tensors, weights):
     """What stands beside weights must be of the pipeline: a noise schedule, or the configuration of a U-Net."""
-    theirs, own = tensors.get("alphas_cumprod"), pipe.scheduler.alphas_cumprod
-    if theirs is not None and (len(theirs) != len(own) or (theirs.float() - own.to(theirs.device)).abs().max() > 1e-4):
+    theirs, own = tensors.get("alphas_cumprod"), getattr(pipe.scheduler, "alphas_cumprod", None)
+    known = theirs is not None and own is not None
+    if known and (len(theirs) != len(own) or (theirs.float() - own.to(theirs.device)).abs().max() > 1e-4):
         raise ValueError(f"{path} is of another noise schedule than the pipeline (alphas_cumprod).")
     beside = models.config_of(path.parent)
     if beside.get("_class_name") != type(pipe.unet).__name__ or "unet" not in {part_of(name) for name in weights}:
