@@ -29,7 +29,7 @@ test-slow: $(STAMP) ## Stable Diffusion 1.4 and 2.1 at full size, with random we
 	$(BIN)/python -m pytest -m full_size -s
 
 test-lowest: $(LOWEST)/.installed ## tests of models and edits with the lowest versions that pyproject.toml allows (Python 3.11 or 3.12)
-	$(LOWEST)/bin/python -m pytest -m "not slow and not full_size" $(patsubst %,tests/test_%.py,models weights edits generation)
+	$(LOWEST)/bin/python -m pytest -m "not slow and not full_size" $(patsubst %,tests/test_%.py,models weights published edits parts generation)
 
 lint: $(STAMP) ## ruff, linter and formatter, and no outputs in committed notebooks (`.venv/bin/nbstripout --keep-id FILE` removes them)
 	$(BIN)/ruff check

@@ -240,7 +240,7 @@ def test_the_command_writes_a_report_that_stands_alone(tiny_testbed_folder, own_
     )
     assert Edit.load(own_images / "pruned.safetensors").fingerprint() in html
     assert "noise 0 (control)" in html and base_hash(pipe) in html
-    assert "What it changes: U-Net: 1 of 686 tensors" in html and html.count("What it changes") == 2
+    assert "What it changes: U-Net: 1 of 684 tensors" in html and html.count("What it changes") == 2
     rows = pd.read_csv(own_images / "out" / "rows.csv", comment="#", quotechar='"')
     assert len(rows) == 3 * 4 * 3 * 2  # mitigations x images x (prompt, 1, 2 steps) x seeds
     assert set(rows["mitigation"]) == {"original", "pruned", "theirs"}

@@ -228,6 +228,25 @@ def test_an_edit_of_ones_own_is_a_mitigation(make_plan, tiny_testbed, tmp_path):
     assert means["original"] > 0.99 > means["theirs"]
 
 
+def test_under_a_table_of_neurons_each_case_has_those_of_its_own_prompt(make_plan, tables, tmp_path):
+    def written(last):
+        rows = [f"a cat;{[[0], [], [], [], [], [], []]}", f"a dog;{[[], [], [], [], [], [], last]}"]
+        (tmp_path / "nemo.csv").write_text("\n".join(["Caption;Refined Neurons", *rows]))
+        return sweep.Worker(replace(plan, mitigations=read_mitigations([str(tmp_path / "nemo.csv")])))
+
+    plan, _ = make_plan("store")
+    worker, targets, controls = written([1, 2]), *(read_targets(table) for table in tables)
+    cases = worker.plan.cases(targets, controls)
+    for case in cases:
+        (edit,) = worker._edits(case)
+        assert edit.targets == (case.edited_for.prompt,)
+        assert sum(int(mask.sum()) for mask in edit.masks.values()) == (1 if case.edited_for.prompt == "a cat" else 2)
+    about, other = worker.about(), written([3, 4]).about()
+    assert about["mitigations"] != other["mitigations"]
+    configs = worker.plan.configs(cases, about)
+    assert all(config["edited for"][1] == case.edited_for.prompt for config, case in zip(configs, cases, strict=True))
+
+
 def test_workers_in_another_folder_find_everything(tiny_testbed_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(tiny_testbed_folder)

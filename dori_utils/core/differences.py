@@ -1,5 +1,7 @@
 """Differences: what turns the parts of a pipeline into other ones, to the bit, as an `Edit` holds it."""
 
+import warnings
+
 import torch
 
 from dori_utils.core.arguments import first_three
@@ -109,7 +111,7 @@ def check_architecture(pipe, part, other):
 
 def scheduler_change(pipe, other):
     """{"scheduler": settings} of another scheduler, as a pipeline takes it; {} if it is the pipeline's own."""
-    with quiet():  # diffusers mends settings of old configurations when it makes a pipeline
+    with quiet(), warnings.catch_warnings(action="ignore"):  # diffusers mends old settings when it makes a pipeline
         kept = {name: part for name, part in pipe.components.items() if name != "scheduler"}
         other = type(pipe)(**kept, scheduler=other, requires_safety_checker=False).scheduler
     same = type(other) is type(pipe.scheduler) and not differing_settings(pipe.scheduler, other)

@@ -80,8 +80,9 @@ def _weights(pipe, path, tensors):
         check_is_weight(path, key, tensors[key])
         for own, piece in zip(of, _pieces(tensors[key], len(of)), strict=True):
             piece = _fitted(path, key, piece, own, parameters[own].shape)
-            if not torch.equal(found.setdefault(own, piece), piece):
+            if own in found and not torch.equal(found[own], piece):
                 raise ValueError(f"{path} holds the weights of {own} twice, as {key} and otherwise.")
+            found[own] = piece
     if all(((tensor == 0) | (tensor == 1)).all() for tensor in found.values()) and any(t.any() for t in found.values()):
         raise ValueError(f"{path} holds nothing but 0 and 1: masks, not weights. Give the weights that they led to.")
     return found
