@@ -23,7 +23,7 @@ def test_each_part_has_a_sentence_with_its_numbers(sd1):
     far = ((weight[:4].square().sum() + 8) / (weight.square().sum() + bias.square().sum())).sqrt().item()
     (said,) = changes(sd1, masked)
     count = len(named_parameters(sd1, ["unet"]))
-    assert said == f"U-Net: 2 of {count} tensors, {72 / weights:.2%} of its weights, by {far:.2g} of their size"
+    assert said == f"U-Net: 2 of {count} tensors, 72 of {weights:,} weights, moved by {far:.2g} of their norm"
 
 
 def test_settings_are_said_with_what_they_were(sd1):

@@ -335,6 +335,18 @@ def _(pipe, folder):
     return folder / "kohya.safetensors", {"deltas": deltas}
 
 
+@form("diffusers of 2023: a LoRA of the text encoder's attention, in both of its namings")
+def _(pipe, folder):
+    tensors, deltas = {}, {}
+    for theirs, ours in (("to_k_lora", "k_proj"), ("to_out_lora", "out_proj"), ("q_proj.lora_linear_layer", "q_proj")):
+        up, down = eighths(16, 2), eighths(2, 16)
+        name = f"text_encoder.text_model.encoder.layers.0.self_attn.{theirs}"
+        tensors |= {f"{name}.up.weight": up, f"{name}.down.weight": down}
+        deltas[f"text_encoder.encoder.layers.0.self_attn.{ours}.weight"] = up @ down
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+    return folder, {"deltas": deltas}
+
+
 CONVOLUTION = "mid_block.resnets.0.conv1"
 
 

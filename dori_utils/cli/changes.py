@@ -11,8 +11,8 @@ from dori_utils.core.parts import WORDS, named_parameters, scheduler_settings
 def changes(pipe, edit) -> list[str]:
     """A sentence for each part of the pipeline that an edit changes.
 
-    How far weights move is ||W' - W|| / ||W||, over the tensors that change, in the Frobenius norm. Of the U-Net's it
-    is no measure of what becomes of its images.
+    How far weights move is ||W' - W|| / ||W||, over the tensors that change, in the Frobenius norm. It is no measure of
+    what becomes of the images.
 
     Args:
         pipe: the base, without the edit.
@@ -31,19 +31,21 @@ def _of_weights(pipe, edit, part, base):
     parameters = changed_parameters(pipe, edit, base, [part])
     if not parameters:  # its settings alone change
         return None
-    moved, size, weights, rounded = 0.0, 0.0, 0, True
+    moved, size, weights, tensors, rounded = 0.0, 0.0, 0, 0, True
     for name, before in parameters.items():
         after = {name: before.detach().clone()}
         change(after, edit)
-        moved += (after[name].float() - before.float()).square().sum().item()
-        size += before.float().square().sum().item()
-        weights += (after[name] != before).sum().item()
-        rounded = rounded and same_but_rounded(before, after[name])
+        different = (after[name] != before).sum().item()
+        if different:
+            moved += (after[name].float() - before.float()).square().sum().item()
+            size += before.float().square().sum().item()
+            weights, tensors = weights + different, tensors + 1
+            rounded = rounded and same_but_rounded(before, after[name])
     of = named_parameters(pipe, [part]).values()
-    share = weights / sum(parameter.numel() for parameter in of)
-    only = ", no more than half precision rounds" if rounded else ""
-    far = f"by {(moved / size) ** 0.5:.2g} of their size" if size else "from zero"
-    return f"{WORDS[part]}: {len(parameters)} of {len(of)} tensors, {share:.2%} of its weights, {far}{only}"
+    all_weights = sum(parameter.numel() for parameter in of)
+    far = f"moved by {(moved / size) ** 0.5:.2g} of their norm" if size else "from zero"
+    only = ", no more than half precision rounds" if weights and rounded else ""
+    return f"{WORDS[part]}: {tensors} of {len(of)} tensors, {weights:,} of {all_weights:,} weights, {far}{only}"
 
 
 def _settings(before, after):

@@ -154,7 +154,8 @@ def _settings(rows, edits):
 def _changes(pipe, edit):
     """Which parts of the model an edit changes, and how much; of several edits the first's."""
     each = edit if isinstance(edit, list | tuple) else [edit]
-    return [] if each[0] is None else changes(pipe, each[0])
+    said = [] if each[0] is None else changes(pipe, each[0])
+    return said if len(each) == 1 or not said else ["one edit for each target, of the first: " + "; ".join(said)]
 
 
 def _about_edit(edit):

@@ -54,7 +54,7 @@ def read_edit(pipe, path, *, name=None) -> Edit:
     try:
         tensors, about = read_tensors(path)
     except OSError as error:
-        raise OSError(f"{error} Give {KINDS}.") from error
+        raise OSError(str(error) if path.suffix in PICKLED else f"{error} Give {KINDS}.") from error
     if "edit" in about:
         edit = Edit.load(path)
         check_fits(pipe, [edit])

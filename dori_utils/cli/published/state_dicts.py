@@ -83,9 +83,13 @@ def _weights(pipe, path, tensors):
             if own in found and not torch.equal(found[own], piece):
                 raise ValueError(f"{path} holds the weights of {own} twice, as {key} and otherwise.")
             found[own] = piece
-    if all(((tensor == 0) | (tensor == 1)).all() for tensor in found.values()) and any(t.any() for t in found.values()):
+    if all(((tensor == 0) | (tensor == 1)).all() for tensor in found.values()) and any(map(_has_both, found.values())):
         raise ValueError(f"{path} holds nothing but 0 and 1: masks, not weights. Give the weights that they led to.")
     return found
+
+
+def _has_both(tensor):
+    return bool(tensor.any()) and not bool(tensor.all())
 
 
 def _is_alias(tensors, known, key):
