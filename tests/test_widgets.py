@@ -126,6 +126,18 @@ def test_its_pictures_are_those_of_the_embeddings_under_the_edit(tiny_testbed, s
     assert np.allclose(list(live.sscds.values()), scores, atol=0.02) and live.image_sscd == live.sscds[5]
 
 
+def test_an_edit_of_a_text_encoder_is_in_a_copy_and_counts_from_the_start(sd1, sscd):
+    name = "text_encoder.final_layer_norm.bias"
+    edit = Edit("shift", model_hash(sd1), deltas={name: torch.ones(16)})
+    live = LiveAttack(sd1, PRESET, sscd)
+    live.start(TARGETS[0], edit, replace(CONFIG, steps=1, record=(0,)))
+    assert live._copy.text_encoder is not sd1.text_encoder and live._copy.vae is sd1.vae
+    live.wait()
+    assert live.error is None and model_hash(sd1) == edit.model
+    start = live.triggers.recorded[0]
+    torch.testing.assert_close(start, encode_prompts(sd1, [TARGETS[0].prompt]) + 1)
+
+
 def test_it_reports_every_step_and_its_end(sd1, sscd):
     seen = []
     live = LiveAttack(sd1, PRESET, sscd, on_update=lambda live: seen.append((live.step, live.running)))
