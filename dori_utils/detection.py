@@ -1,4 +1,4 @@
-"""Detection: is this prompt memorized? Three answers that need the model but not the training images.
+"""Detection: is this prompt memorized? Four answers that need the model but not the training images.
 
 A memorized prompt pulls every noise towards one picture. Each detector sees another side of that:
 
@@ -6,14 +6,17 @@ A memorized prompt pulls every noise towards one picture. Each detector sees ano
   and Mitigating Memorization in Diffusion Models", ICLR 2024). Costs two U-Net evaluations a seed and step.
 * `first_step_similarity`: whether all seeds are pulled the same way in the first step (Hintersdorf et al., "Finding
   NeMo", NeurIPS 2024). One evaluation a seed.
+* `anisotropy`: how hard it pulls, and whether, at low noise, it pulls along the way that the model goes without it
+  (Asthana and Belagiannis, "Detecting and Mitigating Memorization in Diffusion Models through Anisotropy of the
+  Log-Probability", ICLR 2026). Four evaluations a seed, no denoising.
 * `metrics.diversity`: whether all seeds end as the same picture (D_SSCD). Whole generations.
 
 Every detector returns one float32 score a prompt, and **higher always means more likely memorized**. `roc_auc` and
 `tpr_at_fpr` say how well scores separate memorized prompts from ordinary ones.
 
-Both papers' models predict the noise eps. SD 2.x and the testbed predict v = sqrt(a) eps - sqrt(1 - a) x0, a being
+These papers' models predict the noise eps. SD 2.x and the testbed predict v = sqrt(a) eps - sqrt(1 - a) x0, a being
 alpha-bar at t. Where nothing but noise is left, a is 0, and eps is the image itself whatever the prompt: there v alone
-tells. So both detectors that look at the U-Net's answer take the part of it in which prompts can differ.
+tells. So the detectors that look at the U-Net's answer take the part of it in which prompts can differ.
 
 Shapes: N prompts, S seeds, B of their cases in one batch; latents (B, C, H, W); embeddings (B, T, D).
 """
@@ -131,6 +134,54 @@ def first_step_change(pipe, prompt_embeds, latents, t):
         delta = output - a**0.5 / (1 + (1 - a) ** 0.5) * latents.float()
     low, high = delta.amin((2, 3), keepdim=True), delta.amax((2, 3), keepdim=True)  # (B, C, 1, 1)
     return (delta - low) / torch.where(high == low, 1, high - low)
+
+
+@torch.no_grad()
+def anisotropy(pipe, prompts, *, seeds=range(4), num_inference_steps=50, weight=2.0, batch_size=16, progress=True):
+    """Norm of the guidance at high noise, plus its alignment with the unconditional prediction at low noise.
+
+    Two passes on the same pure noise x_T, each with the prompt y and without:
+
+        g_s = eps(x_T, s, y) - eps(x_T, s, "")        |g_T|  +  weight * mean over pixels of cos(g_t, eps(x_T, t, ""))
+
+    with t the third timestep from the end: x_T is given there as if it were nearly clean. The cosine is that of a
+    pixel's channels, as in the authors' code. For v-prediction v takes the place of eps. So it does in the authors'
+    cosine; their norm is that of the score, the factor sqrt(a) / (1 - a) away from v's, see `noise_magnitude`.
+
+    Args:
+        pipe: a `StableDiffusionPipeline`.
+        prompts: N texts.
+        seeds: one initial noise each, the same for all prompts.
+        num_inference_steps: of the schedule that both timesteps are from, at least 3; 50 are the authors'.
+        weight: of the alignment, which lies between -1 and 1. The authors have 2 for Stable Diffusion 1.4, and for
+            2.x 0.1, beside a norm that is a thirteenth of v's: 1.3 beside v's.
+        batch_size: cases (prompt and seed) in one batch; the U-Net sees two rows for each, twice.
+
+    Returns:
+        (N,) float32, means over seeds.
+
+    Raises:
+        ValueError: a schedule of fewer than three steps.
+    """
+    timesteps = ddim(pipe, num_inference_steps).timesteps
+    _prediction_type(pipe.scheduler)
+    if len(timesteps) < 3:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}: the third timestep from the end needs 3.")
+    uncond = encode_prompts(pipe, [""])  # (1, T, D)
+    scores = []
+    for embeds, latents in _batches(pipe, prompts, seeds, batch_size, "anisotropy", progress):
+        guidance, _ = _guidance(pipe, latents, timesteps[0], embeds, uncond)
+        aligned = torch.nn.functional.cosine_similarity(*_guidance(pipe, latents, timesteps[-3], embeds, uncond), dim=1)
+        scores.append(guidance.flatten(1).norm(dim=1) + weight * aligned.mean((1, 2)))  # aligned: (B, H, W)
+    return _scores(torch.cat(scores).unflatten(0, (-1, len(seeds))).mean(dim=1))  # (N * S,) → (N, S) → (N,)
+
+
+def _guidance(pipe, latents, t, embeds, uncond):
+    """What a prompt changes in the prediction for B latents, and the prediction without it: (B, C, H, W) each."""
+    both = torch.cat([uncond.expand_as(embeds), embeds])  # (2B, T, D)
+    output = pipe.unet(torch.cat([latents, latents]), t, encoder_hidden_states=both).sample.float()
+    output_uncond, output_text = output.chunk(2)
+    return output_text - output_uncond, output_uncond
 
 
 def _batches(pipe, prompts, seeds, batch_size, desc, progress):

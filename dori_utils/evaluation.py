@@ -29,7 +29,7 @@ from dori_utils.core.hashes import current_hash, known
 from dori_utils.core.metrics import bootstrap_interval, diversity, frechet_distance
 from dori_utils.core.sscd import TRANSFORMS, load_sscd
 from dori_utils.core.targets import Target
-from dori_utils.detection import first_step_similarity, noise_magnitude
+from dori_utils.detection import anisotropy, first_step_similarity, noise_magnitude
 
 
 def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
@@ -50,10 +50,11 @@ def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
     detectors = {
         "noise magnitude": (noise_magnitude, {}, 2),
         "first-step similarity": (first_step_similarity, first_step, 1),
+        "anisotropy": (anisotropy, {"num_inference_steps": 50}, 4),  # the authors' timesteps: nothing is sampled
     }
     rows, prompt_cases = [], [{"prompt": prompt} for prompt in prompts]
     for name, (function, own, evaluations) in detectors.items():
-        compute = partial(_scores, partial(function, pipe, **settings, **own), prompts)
+        compute = partial(_scores, partial(function, pipe, **settings | own), prompts)
         sampling = {"seeds": list(preset.detection_seeds), "num_inference_steps": steps}
         cases = timed_cases(store, name, prompt_cases, compute, pipe, sampling, settings=own)
         cost = evaluations * len(preset.detection_seeds)

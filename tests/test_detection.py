@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from dori_utils.core.diffusion import encode_prompts, initial_latents
 from dori_utils.core.map_similarity import pairwise_similarity, rowwise_similarity
 from dori_utils.core.roc import roc_auc, tpr_at_fpr
-from dori_utils.detection import first_step_change, first_step_similarity, noise_magnitude
+from dori_utils.detection import anisotropy, first_step_change, first_step_similarity, noise_magnitude
 
 PROMPTS = ["a photo of a cat", "a dog on a striped background", "grapes and violin"]
 QUIET = dict(progress=False)
@@ -42,13 +42,14 @@ def test_a_model_that_predicts_something_else_is_refused(sd1):
         noise_magnitude(pipe, PROMPTS, **QUIET)
 
 
-def test_both_detectors_tell_prompts_apart_where_nothing_but_noise_is_left(tiny_testbed):
+def test_detectors_tell_prompts_apart_where_nothing_but_noise_is_left(tiny_testbed):
     pipe = copy.copy(tiny_testbed)
     zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **zero)
     for scores in (
         noise_magnitude(pipe, PROMPTS, seeds=[0, 1], **QUIET),
         first_step_similarity(pipe, PROMPTS, seeds=[0, 1], pairwise="cosine", **QUIET),
+        anisotropy(pipe, PROMPTS, seeds=[0, 1], **QUIET),
     ):
         assert np.isfinite(scores).all() and len(set(scores.round(6))) == 3 and (scores != 0).all()
 
@@ -92,7 +93,11 @@ def test_more_steps_than_the_schedule_has_are_refused(sd1):
 
 @pytest.mark.parametrize(
     ("detector", "settings"),
-    [(noise_magnitude, dict(steps=2, num_inference_steps=4)), (first_step_similarity, dict(pairwise="cosine"))],
+    [
+        (noise_magnitude, dict(steps=2, num_inference_steps=4)),
+        (first_step_similarity, dict(pairwise="cosine")),
+        (anisotropy, dict(weight=5.0)),
+    ],
 )
 def test_scores_are_the_mean_or_maximum_over_their_own_seeds_at_any_batch_size(sd1, detector, settings):
     settings = settings | dict(seeds=[3, 1, 4]) | QUIET
@@ -120,6 +125,46 @@ def test_nan_in_the_weights_is_an_error_with_the_prompt_s_number(sd1):
                 noise_magnitude(sd1, PROMPTS[:2], seeds=[0], **QUIET)
         finally:
             bias.copy_(kept)
+
+
+# Anisotropy
+
+
+@torch.no_grad()
+def test_anisotropy_is_the_norm_at_the_first_timestep_and_the_cosine_at_the_third_from_the_end(pipe):
+    scheduler, x_t = ddim(pipe, 50), initial_latents(pipe, [7])
+    embeds, uncond = encode_prompts(pipe, PROMPTS[:1]), encode_prompts(pipe, [""])
+    answers = [
+        [pipe.unet(x_t, t, encoder_hidden_states=y).sample[0] for y in (embeds, uncond)]
+        for t in (scheduler.timesteps[0], scheduler.timesteps[47])
+    ]
+    (text, empty), (low_text, low_empty) = answers
+    cosines = []
+    for row in range(8):
+        for column in range(8):  # of each pixel's channels
+            guidance, base = (low_text - low_empty)[:, row, column], low_empty[:, row, column]
+            cosines.append(guidance @ base / (guidance.norm() * base.norm()))
+    for weight in (0.0, 2.0, 100.0):
+        found = anisotropy(pipe, PROMPTS[:1], seeds=[7], weight=weight, **QUIET)
+        expected = (text - empty).norm() + weight * torch.stack(cosines).mean()
+        np.testing.assert_allclose(found, [expected], rtol=1e-3, atol=1e-3)
+
+
+def test_without_weight_anisotropy_is_noise_magnitude_and_asks_four_rows_of_the_unet(tiny_testbed):
+    rows = []
+    handle = tiny_testbed.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        found = anisotropy(tiny_testbed, PROMPTS, seeds=[0, 1], weight=0.0, **QUIET)
+    finally:
+        handle.remove()
+    assert sum(rows) == 4 * len(PROMPTS) * 2
+    magnitude = noise_magnitude(tiny_testbed, PROMPTS, seeds=[0, 1], num_inference_steps=50, **QUIET)
+    np.testing.assert_allclose(found, magnitude, rtol=1e-5)
+
+
+def test_anisotropy_needs_a_third_timestep_from_the_end(sd1):
+    with pytest.raises(ValueError, match="num_inference_steps is 2"):
+        anisotropy(sd1, PROMPTS, num_inference_steps=2, **QUIET)
 
 
 # First-step similarity

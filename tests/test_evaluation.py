@@ -236,8 +236,9 @@ def test_summary_groups_targets_not_images():
 def test_detectors_score_every_prompt_and_count_their_cost(tiny_testbed, store):
     detected = detect(tiny_testbed, ["a cat", "a dog"], PRESET, store)
     cost = detected.groupby("detector")["evaluations"].first()
-    assert cost.to_dict() == {"noise magnitude": 6, "first-step similarity": 3, "seed diversity": 8}
-    assert len(detected) == 6 and detected["score"].notna().all() and (detected["seconds"] > 0).all()
+    expected = {"noise magnitude": 6, "first-step similarity": 3, "anisotropy": 12, "seed diversity": 8}
+    assert cost.to_dict() == expected
+    assert len(detected) == 8 and detected["score"].notna().all() and (detected["seconds"] > 0).all()
     again = detect(tiny_testbed, ["a cat", "a dog"], PRESET, store)
     pd.testing.assert_frame_equal(detected, again)
 
