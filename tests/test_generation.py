@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from dori_utils.core import generation, hashes
-from dori_utils.core.diffusion import decode, denoise, encode_prompts, initial_latents
+from dori_utils.core.diffusion import Given, decode, denoise, encode_prompts, initial_latents
 from dori_utils.core.edits import Edit, applied
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import model_hash
@@ -273,3 +273,58 @@ def test_progress_counts_every_evaluation_of_the_unet(sd1, monkeypatch):
     monkeypatch.setattr(generation, "tqdm", Bar)
     generate(sd1, PROMPTS, seeds=[0, 1], batch_size=3, **QUICK | {"progress": True})
     assert bars[0].n == bars[0].total == 2 * 4  # two batches; PNDM takes 4 evaluations for 3 steps
+
+
+# What a picture starts from, and what is given of it
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_a_known_part_is_kept_as_by_diffusers_own_inpainting(pipe, guidance_scale):
+    from diffusers import StableDiffusionInpaintPipeline
+
+    theirs = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    noise, sampling = initial_latents(pipe, [0, 1]), SAMPLING | {"guidance_scale": guidance_scale}
+    clean = 0.5 * initial_latents(pipe, [2])
+    where = torch.zeros(8, 8, dtype=torch.bool)
+    where[:, :4] = True
+    mask = (~where)[None, None].float().repeat_interleave(pipe.vae_scale_factor, 2)
+    expected = theirs(
+        prompt=PROMPTS,
+        image=clean,
+        mask_image=mask.repeat_interleave(pipe.vae_scale_factor, 3),
+        masked_image_latents=clean,
+        latents=noise,
+        strength=1.0,
+        output_type="latent",
+        **sampling,
+    ).images
+    found = denoise(pipe, noise, encode_prompts(pipe, PROMPTS), given=[Given(clean[0], where)] * 2, **sampling)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[..., :4], clean[..., :4].expand(2, -1, -1, -1))
+    plain = denoise(pipe, noise, encode_prompts(pipe, PROMPTS), **sampling)
+    assert (found - plain)[..., 4:].abs().max() > 1e-3  # the other half takes notice of it
+
+
+def test_each_case_has_its_own_known_part_whatever_the_batch(pipe):
+    clean = initial_latents(pipe, [5, 6])
+    where = torch.zeros(2, 8, 8, dtype=torch.bool)
+    where[0, :, :4] = where[1, 4:] = True
+    known = [Given(clean[0], where[0]), Given(clean[1], where[1])]
+    together = generate(pipe, PROMPTS, seeds=[0, 1], given=known, batch_size=3, **QUICK)
+    alone = [generate(pipe, [PROMPTS[i]], seeds=[0, 1], given=[known[i]], **QUICK)[0] for i in range(2)]
+    assert np.abs(pixels(together) - pixels(alone)).max() <= 1
+    with pytest.raises(ValueError, match="1 given for 2 prompts"):
+        generate(pipe, PROMPTS, given=known[:1], **QUICK)
+
+
+def test_given_latents_take_the_place_of_the_seeds_noise(pipe):
+    latents = initial_latents(pipe, [3, 1, 4, 1]).unflatten(0, (2, 2))
+    found = generate(pipe, PROMPTS, seeds=[8, 9], latents=latents, batch_size=3, **QUICK)
+    expected = [
+        generate(pipe, [prompt], seeds=seeds, **QUICK)[0]
+        for prompt, seeds in zip(PROMPTS, [(3, 1), (4, 1)], strict=True)
+    ]
+    assert np.abs(pixels(found) - pixels(expected)).max() <= 1
+    with pytest.raises(ValueError, match=r"latents has the shape \(2, 2, .*take \(2, 3, "):
+        generate(pipe, PROMPTS, seeds=range(3), latents=latents, **QUICK)

@@ -12,6 +12,7 @@ Shapes: N cases; T tokens and D channels of an embedding; C, H, W of a latent; p
 
 import copy
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -40,6 +41,14 @@ def initial_latents(pipe, seeds):
     return _noise(pipe, _generators(seeds))
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The part of a picture that its generation is given: clean latents (C, H, W), and where (H, W) they are, True."""
+
+    latents: torch.Tensor
+    where: torch.Tensor
+
+
 @torch.no_grad()
 def denoise(
     pipe,
@@ -49,6 +58,7 @@ def denoise(
     num_inference_steps=50,
     guidance_scale=7.5,
     generators=None,
+    given=None,
     on_step=None,
     stop_after=None,
 ):
@@ -58,13 +68,15 @@ def denoise(
         latents: (N, C, H, W) standard normal noise, see `initial_latents`.
         prompt_embeds: (N, T, D), one for each case.
         generators: one for each case, for samplers that add noise (DDPM, Euler ancestral); DDIM and PNDM add none.
+        given: a `Given` for each case: after every step it is put back, with the case's own noise as of that step.
         on_step: called without arguments after every evaluation of the U-Net.
         stop_after: evaluations of the U-Net after which to stop half-way; default: go to the end.
 
     Returns:
         Latents (N, C, H, W) of clean images, for `decode`, or of noisy ones with `stop_after`.
 
-    Source: Ho and Salimans (2022) for guidance, in the order that diffusers has: unconditional half first.
+    Source: Ho and Salimans (2022) for guidance, in the order that diffusers has: unconditional half first. `given` is
+    what its inpainting pipeline does with an ordinary U-Net.
     """
     scheduler = _scheduler(pipe, num_inference_steps)  # a fresh one: PNDM remembers what it saw
     extra = pipe.prepare_extra_step_kwargs(generators, eta=0.0)
@@ -72,17 +84,26 @@ def denoise(
     if guided:
         uncond = encode_prompts(pipe, [""]).expand_as(prompt_embeds)
         prompt_embeds = torch.cat([uncond, prompt_embeds])  # (2N, T, D)
-    latents = latents * scheduler.init_noise_sigma
-    for t in scheduler.timesteps[:stop_after]:
+    noise, latents = latents, latents * scheduler.init_noise_sigma
+    for step, t in enumerate(scheduler.timesteps[:stop_after], start=1):
         model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
         output = pipe.unet(model_input, t, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
         if guided:
             output_uncond, output_text = output.chunk(2)
             output = output_uncond + guidance_scale * (output_text - output_uncond)
         latents = scheduler.step(output, t, latents, **extra, return_dict=False)[0]
+        if given is not None:
+            latents = _put_back(given, latents, noise, scheduler, scheduler.timesteps[step : step + 1])
         if on_step is not None:
             on_step()
     return latents
+
+
+def _put_back(given, latents, noise, scheduler, t):
+    """Latents (N, C, H, W) with what is given of them, noised as of the next timestep t (1,), or clean at the end."""
+    clean = torch.stack([own.latents for own in given]).to(latents)
+    where = torch.stack([own.where for own in given])[:, None].to(latents.device)  # (N, 1, H, W)
+    return torch.where(where, scheduler.add_noise(clean, noise, t) if len(t) else clean, latents)
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def generate(
     num_inference_steps=50,
     guidance_scale=7.5,
     edits=None,
+    latents=None,
+    given=None,
     batch_size=None,
     truncate=False,
     progress=True,
@@ -52,6 +54,8 @@ def generate(
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 or less goes without it.
         edits: one `Edit` or None for each prompt, under which its images are generated; default: none.
+        latents: initial noise (N, S, C, H, W) for each prompt and seed, instead of the seeds' own.
+        given: a `Given` for each prompt, the part of its pictures that is given.
         batch_size: images that go through the U-Net together; default: what fits the device's memory.
         truncate: cut prompts that are too long (with a warning) instead of raising.
         progress: show a progress bar.
@@ -61,7 +65,8 @@ def generate(
 
     Raises:
         TypeError: prompts or seeds that are no lists of texts or integers.
-        ValueError: neither or both of prompts and prompt_embeds, wrong shapes, a prompt that is too long.
+        ValueError: neither or both of prompts and prompt_embeds, wrong shapes, a prompt that is too long, not one edit
+            or `Given` for each prompt.
         FloatingPointError: NaN or infinity in a result, with the case that it is from.
     """
     seeds = listed("seeds", seeds, SupportsIndex, "a list of integers, such as range(4)")
@@ -72,29 +77,36 @@ def generate(
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
     embeds = _embeddings(pipe, prompts, prompt_embeds, truncate)
     edits = [None] * len(embeds) if edits is None else list(edits)
-    if len(edits) != len(embeds):
-        raise ValueError(f"{len(edits)} edits for {len(embeds)} prompts: give one (or None) for each.")
+    for name, each in (("edits", edits), ("given", given)):
+        if each is not None and len(each) != len(embeds):
+            raise ValueError(f"{len(each)} {name} for {len(embeds)} prompts: give one (or None) for each.")
+    _check_latents(pipe, latents, len(embeds), len(seeds))
     cases = [(row, seed) for row in range(len(embeds)) for seed in seeds]
+    starts = None if latents is None else latents.flatten(0, 1).to(pipe.unet.device, pipe.unet.dtype)
     batches = [cases[i : i + batch_size] for i in range(0, len(cases), batch_size)]
     steps = count_evaluations(pipe, num_inference_steps)
 
     images = []
     bar = tqdm(total=len(batches) * steps, desc=f"generate {len(cases)} images", disable=not progress)
     with bar, known(pipe):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             rows, generators = [row for row, _ in batch], _generators(seed for _, seed in batch)
+            noise = _noise(pipe, generators)
+            if starts is not None:
+                noise = starts[number * batch_size :][: len(batch)]
             with applied_by_row(pipe, [edits[row] for row in rows]):
-                latents = denoise(
+                clean = denoise(
                     pipe,
-                    _noise(pipe, generators),
+                    noise,
                     embeds[rows],
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
                     generators=generators,
+                    given=given and [given[row] for row in rows],
                     on_step=bar.update,
                 )
-            _check_finite(latents, batch)
-            pixels = pipe.image_processor.pt_to_numpy(decode(pipe, latents))
+            _check_finite(clean, batch)
+            pixels = pipe.image_processor.pt_to_numpy(decode(pipe, clean))
             images += pipe.image_processor.numpy_to_pil(pixels)
     return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
 
@@ -112,6 +124,12 @@ def _embeddings(pipe, prompts, prompt_embeds, truncate):
             "as encode_prompts gives."
         )
     return prompt_embeds.to(pipe.unet.device, pipe.unet.dtype)
+
+
+def _check_latents(pipe, latents, prompts, seeds):
+    shape = (prompts, seeds, pipe.unet.config.in_channels, *latent_size(pipe))
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"latents has the shape {tuple(latents.shape)}; these prompts and seeds take {shape}.")
 
 
 def _check_finite(latents, cases):
