@@ -77,9 +77,10 @@ def generate(
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
     embeds = _embeddings(pipe, prompts, prompt_embeds, truncate)
     edits = [None] * len(embeds) if edits is None else list(edits)
-    for name, each in (("edits", edits), ("given", given)):
-        if each is not None and len(each) != len(embeds):
-            raise ValueError(f"{len(each)} {name} for {len(embeds)} prompts: give one (or None) for each.")
+    if len(edits) != len(embeds):
+        raise ValueError(f"{len(edits)} edits for {len(embeds)} prompts: give one (or None) for each.")
+    if given is not None and len(given) != len(embeds):
+        raise ValueError(f"{len(given)} given for {len(embeds)} prompts: give a `Given` for each.")
     _check_latents(pipe, latents, len(embeds), len(seeds))
     cases = [(row, seed) for row in range(len(embeds)) for seed in seeds]
     starts = None if latents is None else latents.flatten(0, 1).to(pipe.unet.device, pipe.unet.dtype)

@@ -83,6 +83,17 @@ def to_rgb(image):
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
+def part_of(image, box):
+    """The part of a PIL image in a box (left, top, right, bottom), shares of its width and height."""
+    return image.crop(corners(box, *image.size))
+
+
+def corners(box, width, height):
+    """Left, top, right and bottom in pixels, of a box in shares."""
+    left, top, right, bottom = box
+    return round(left * width), round(top * height), round(right * width), round(bottom * height)
+
+
 def _transparent_color(image):
     """The color that stands for "transparent", as the pixels have it.
 
