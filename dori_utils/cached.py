@@ -24,80 +24,103 @@ from dori_utils.core.edits import Edit
 from dori_utils.core.generation import generate
 from dori_utils.core.hashes import known
 from dori_utils.core.inception import inception_distances
+from dori_utils.core.pictures import part_of
+from dori_utils.core.regions import window_features
 from dori_utils.core.sscd import TRANSFORMS
 from dori_utils.core.store import canonical_json
 from dori_utils.core.triggers import Triggers
+from dori_utils.latent import invert
+from dori_utils.tokens import find_prompts
 
 
-def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[list[Image.Image]]:
+def cached_generate(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None, **more):
     """`generate` with the preset's sampling.
 
     Args:
         edits: None, or one `Edit` or None for each prompt.
         prompt_embeds: None, or embeddings (N, T, D), such as triggers, that take the place of the prompts.
+        more: latents (N, S, C, H, W), or given, a `Given` for each prompt, as `generate` takes them.
 
     Returns:
-        One list of images for each prompt, one image for each seed.
+        One list of PIL images for each prompt, one image for each seed.
     """
-    cases = generated(pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+    cases = generated(pipe, prompts, seeds, preset, store, edits, prompt_embeds, **more)
     return [[Image.fromarray(pixels) for pixels in case["images"]] for case in cases]
 
 
-def generated(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None) -> list[dict]:
+def generated(pipe, prompts, seeds, preset, store, edits=None, prompt_embeds=None, **more) -> list[dict]:
     """The same as arrays: {"images": (S, height, width, 3) uint8, "seconds"} of each prompt."""
+    rows = {"edits": edits or None, "prompt_embeds": prompt_embeds} | more
 
     def compute(chosen: list[int]) -> list[dict]:
-        given = _given(chosen, prompts, edits, prompt_embeds)
-        texts = given.pop("prompts")
-        texts = texts if prompt_embeds is None else None
-        images = generate(pipe, texts, seeds=seeds, **given, **preset.sampling, progress=False)
+        texts = [prompts[i] for i in chosen] if prompt_embeds is None else None
+        own = _chosen(rows, chosen)
+        images = generate(pipe, texts, seeds=seeds, **own, **preset.sampling, progress=False)
         return [{"images": np.stack([np.asarray(image) for image in row])} for row in images]
 
-    return _of_prompts("generate", compute, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+    return _of_prompts("generate", compute, pipe, prompts, seeds, preset, store, rows)
 
 
-def cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits=None, prompt_embeds=None) -> np.ndarray:
-    """SSCD features (N, S, D) of what `cached_generate` gives for the same arguments."""
+def cached_embeddings(
+    pipe, prompts, seeds, preset, store, sscd, edits=None, prompt_embeds=None, part=None, **more
+) -> np.ndarray:
+    """SSCD features (N, S, D) of what `cached_generate` gives for the same arguments; part: the box that is judged."""
+    judge = {"sscd": sscd, "transform": TRANSFORMS[preset.sscd_transform]} | ({"part": part} if part else {})
+
+    def embed(images):
+        images = [[part_of(image, part) for image in row] for row in images] if part else images
+        return sscd.embed_rows(images, transform=preset.sscd_transform, progress=False)
+
+    rows = {"edits": edits or None, "prompt_embeds": prompt_embeds} | more
+    return _features("SSCD", judge, embed, pipe, prompts, seeds, preset, store, rows)
+
+
+def cached_window_features(pipe, prompts, seeds, preset, store, sscd, edits=None, prompt_embeds=None, **more):
+    """SSCD features (N, S, G * G, D) of the windows of the same images, see core.regions."""
     judge = {"sscd": sscd, "transform": TRANSFORMS[preset.sscd_transform]}
 
     def embed(images):
-        return sscd.embed_rows(images, transform=preset.sscd_transform, progress=False)
+        return [window_features(row, preset.sscd_transform, sscd, progress=False) for row in images]
 
-    return _features("SSCD", judge, embed, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+    rows = {"edits": edits or None, "prompt_embeds": prompt_embeds} | more
+    return _features("SSCD of windows", judge, embed, pipe, prompts, seeds, preset, store, rows)
 
 
-def cached_clip_embeddings(pipe, prompts, seeds, preset, store, clip, edits=None, prompt_embeds=None) -> np.ndarray:
+def cached_clip_embeddings(
+    pipe, prompts, seeds, preset, store, clip, edits=None, prompt_embeds=None, **more
+) -> np.ndarray:
     """CLIP's features (N, S, D) of the same images."""
-    judge = {"clip": clip}
-    return _features("CLIP", judge, clip.embed_rows, pipe, prompts, seeds, preset, store, edits, prompt_embeds)
+    rows = {"edits": edits or None, "prompt_embeds": prompt_embeds} | more
+    return _features("CLIP", {"clip": clip}, clip.embed_rows, pipe, prompts, seeds, preset, store, rows)
 
 
-def _features(what, judge, embed_rows, pipe, prompts, seeds, preset, store, edits, prompt_embeds) -> np.ndarray:
+def _features(what, judge, embed_rows, pipe, prompts, seeds, preset, store, rows) -> np.ndarray:
     def compute(chosen: list[int]) -> list[dict]:
-        given = _given(chosen, prompts, edits, prompt_embeds)
-        images = cached_generate(pipe, seeds=seeds, preset=preset, store=store, **given)
+        texts = [prompts[i] for i in chosen]
+        images = cached_generate(pipe, texts, seeds, preset, store, **_chosen(rows, chosen))
         return [{"features": row} for row in embed_rows(images)]
 
-    results = _of_prompts(what, compute, pipe, prompts, seeds, preset, store, edits, prompt_embeds, **judge)
+    results = _of_prompts(what, compute, pipe, prompts, seeds, preset, store, rows, **judge)
     return np.stack([result["features"] for result in results])
 
 
-def _given(chosen, prompts, edits, prompt_embeds) -> dict:
-    """Of some prompts what `generate` takes."""
+def _chosen(rows, chosen) -> dict:
+    """Of some prompts what they are generated from."""
     return {
-        "prompts": [prompts[i] for i in chosen],
-        "edits": edits and [edits[i] for i in chosen],
-        "prompt_embeds": None if prompt_embeds is None else prompt_embeds[chosen],
+        name: values[chosen] if isinstance(values, torch.Tensor) else [values[i] for i in chosen]
+        for name, values in rows.items()
+        if values is not None
     }
 
 
-def _of_prompts(what, compute, pipe, prompts, seeds, preset, store, edits, prompt_embeds, **judge) -> list[dict]:
+def _of_prompts(what, compute, pipe, prompts, seeds, preset, store, rows, **judge) -> list[dict]:
+    """A case for each prompt; rows: what each is generated from, by name, with a value for each prompt, or None."""
     if not prompts:
         raise ValueError("No prompts: give at least one.")
-    cases = [{"prompt": prompt} for prompt in prompts]
-    for name, values in (("edit", edits), ("embedding", prompt_embeds)):
+    cases, called = [{"prompt": prompt} for prompt in prompts], {"edits": "edit", "prompt_embeds": "embedding"}
+    for name, values in rows.items():
         if values is not None:
-            cases = [case | {name: value} for case, value in zip(cases, values, strict=True)]
+            cases = [case | {called.get(name, name): value} for case, value in zip(cases, values, strict=True)]
     sampling = preset.sampling | {"seeds": list(seeds)}
     return timed_cases(store, what, cases, compute, pipe, sampling=sampling, **judge)
 
@@ -128,10 +151,7 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
         raise ValueError("No targets: give at least one.")
     edits = list(edits) if edits else [None] * len(targets)
     seeds = [config.seed] * len(targets) if seeds is None else list(seeds)
-    cases = [
-        {"target": target.id, "prompt": target.prompt, "image": target.image, "edit": edit, "seed": seed}
-        for target, edit, seed in zip(targets, edits, seeds, strict=True)
-    ]
+    cases = [case | {"seed": seed} for case, seed in zip(_image_cases(targets, edits), seeds, strict=True)]
     if starts is not None:
         cases = [case | {"start": start} for case, start in zip(cases, starts, strict=True)]
 
@@ -144,11 +164,53 @@ def cached_attack(pipe, targets, config, store, edits=None, starts=None, seeds=N
     together = cases_together(len(cases), config, rows)
     with known(pipe):
         results = kept_each(store, "DoRI", cases, compute, batch_size=together, pipe=pipe, config=config)
+    return _triggers(results, config.record)
+
+
+def cached_prompts(pipe, targets, config, store, edits=None, *, rows=96, **kwargs) -> Triggers:
+    """`tokens.find_prompts`, one target a case of the store; edits None or one for each, kwargs: progress."""
+    edits, together = list(edits) if edits else [None] * len(targets), cases_together(len(targets), config, rows)
+
+    def compute(chosen: list[int]) -> list[dict]:
+        some, own = [targets[i] for i in chosen], [edits[i] for i in chosen]
+        found = find_prompts(pipe, some, config, edits=own, rows=rows, **kwargs)
+        return [_trigger_arrays(found[[i]]) for i in range(len(found))]
+
+    with known(pipe):
+        cases = _image_cases(targets, edits)
+        results = kept_each(store, "tokens", cases, compute, batch_size=together, pipe=pipe, config=config)
+    return _triggers(results, config.record)
+
+
+def cached_inversion(pipe, targets, config, num_inference_steps, store, edits=None, **kwargs) -> torch.Tensor:
+    """`latent.invert`, (N, C, H, W), one target a case of the store; edits None or one for each, kwargs: progress."""
+    edits = list(edits) if edits else [None] * len(targets)
+    shared = {"num_inference_steps": num_inference_steps, "refinements": config.refinements}
+
+    def compute(chosen: list[int]) -> list[dict]:
+        some, own = [targets[i] for i in chosen], [edits[i] for i in chosen]
+        found = invert(pipe, some, config, num_inference_steps=num_inference_steps, edits=own, **kwargs)
+        return [{"noise": noise} for noise in found.cpu().numpy()]
+
+    with known(pipe):
+        cases = _image_cases(targets, edits)
+        results = kept_each(store, "inverted noise", cases, compute, batch_size=32, pipe=pipe, **shared)
+    return torch.stack([torch.from_numpy(result["noise"]) for result in results])
+
+
+def _image_cases(targets, edits) -> list[dict]:
+    return [
+        {"target": target.id, "prompt": target.prompt, "image": target.image, "edit": edit}
+        for target, edit in zip(targets, edits, strict=True)
+    ]
+
+
+def _triggers(results, record) -> Triggers:
     return Triggers(
         torch.stack([torch.from_numpy(result["prompt_embeds"]) for result in results]),
         torch.stack([torch.from_numpy(result["losses"]) for result in results]),
         [json.loads(str(result["about"])) for result in results],
-        {s: torch.stack([torch.from_numpy(r[f"recorded {s}"]) for r in results]) for s in sorted(config.record)},
+        {s: torch.stack([torch.from_numpy(r[f"recorded {s}"]) for r in results]) for s in sorted(record)},
     )
 
 

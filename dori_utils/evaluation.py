@@ -3,7 +3,6 @@
 Tables and figures are pure functions of the rows, so they redraw without a model.
 """
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import pandas as pd
 
 from dori_utils import __version__
 from dori_utils.adaptive import time_to_copy
-from dori_utils.attack import AttackConfig
 from dori_utils.cached import (
-    cached_attack,
     cached_clip_embeddings,
     cached_distances,
     cached_embeddings,
+    cached_window_features,
     generated,
     timed_cases,
 )
@@ -27,9 +25,12 @@ from dori_utils.core.diffusion import count_evaluations
 from dori_utils.core.edits import Edit, check_fits
 from dori_utils.core.hashes import current_hash, known
 from dori_utils.core.metrics import bootstrap_interval, diversity, frechet_distance
+from dori_utils.core.pictures import part_of
+from dori_utils.core.regions import maps_of, region_similarity, window_features
 from dori_utils.core.sscd import TRANSFORMS, load_sscd
 from dori_utils.core.targets import Target
 from dori_utils.detection import anisotropy, first_step_similarity, noise_magnitude
+from dori_utils.ways import Answer, answers, name_of, settings_of
 
 
 def detect(pipe, prompts, preset, store, sscd=None) -> pd.DataFrame:
@@ -91,11 +92,12 @@ def audit(
     sscd=None,
     edits=None,
     clip=None,
-    attack: AttackConfig | None = None,
+    attack=None,
     controls=(),
     control_pipe=None,
     starts=None,
     recorded=True,
+    regions=False,
 ) -> pd.DataFrame:
     """Generate every target's prompt, under every mitigation, and compare with its image; then attack, and again.
 
@@ -108,22 +110,26 @@ def audit(
         edits: mitigation's name → one `Edit` for all targets, a list with one for each, or None for the model as it
             is; default: {"none": None}.
         clip: of `clip.load_clip`, for the column alignment.
-        attack: settings of DoRI; default: no attack.
+        attack: settings of DoRI, of another attack that `ways` knows, or a list of them; default: no attack.
         controls: targets that the model has never seen, for the same treatment; of a list of K edits, control i gets
             number i % K.
         control_pipe: another pipeline, such as a twin that has never seen the targets, to generate and attack the same
             targets in; its mitigation is called "control model".
-        starts: embeddings (N, T, D), one for each target and then each control, that the attack starts from instead of
+        starts: embeddings (N, T, D), one for each target and then each control, that DoRI starts from instead of
             `attack.start`; only without `control_pipe`, which has embeddings of its own.
-        recorded: generate from what `attack.record` kept on the way as well, not from the last embeddings alone.
+        recorded: generate from what `attack.record` kept on the way as well, not from the last result alone.
+        regions: compare region by region as well, see core.regions, what the prompts and each attack's result give.
 
     Returns:
-        Rows (mitigation, target, prompt, kind, duplicates, attack, steps, seed, sscd, sscd_gen, d_sscd, alignment).
-        attack is "none" for the prompt itself and "DoRI" for a trigger, after that many steps: the last, and if
-        `recorded` those in `attack.record`. Of that target and seed, sscd is SSCD_Orig; sscd_gen its generation's
+        Rows (mitigation, target, prompt, kind, duplicates, attack, steps, seed, sscd, sscd_gen, d_sscd, alignment,
+        regions, found). attack is "none" for the prompt itself, "DoRI" for a trigger, after that many steps: the last,
+        and if `recorded` those in `attack.record`; or another attack's name, see `ways.answers` for its steps. Of that
+        target and seed, sscd is SSCD_Orig, of the half that is not given in a completion; sscd_gen its generation's
         similarity to that of the prompt without mitigation; d_sscd that to the other seeds' generations, so that its
-        mean is D_SSCD (NaN for a single seed); alignment A_CLIP, if `clip` is given. `attrs` of the table says what
-        made it: model, weights, SSCD, transform, sampling, version, attack.
+        mean is D_SSCD (NaN for a single seed); alignment A_CLIP, if `clip` is given; regions the similarity of the
+        better half of its regions, if `regions` (NaN for halves, and on the way); found the prompt that `tokens` found,
+        if it was among the attacks. `attrs` of the table says what made it: model, weights, SSCD, transform, sampling,
+        version, attack.
 
     Raises:
         TypeError: targets or controls that are no lists of `Target`s, or a preset's name.
@@ -135,9 +141,12 @@ def audit(
     targets = listed("targets", targets, Target, of_targets)
     controls = listed("controls", controls, Target, of_targets)
     sscd, everyone, rows = sscd or load_sscd(), [*targets, *controls], []
+    attacks = [] if attack is None else list(attack) if isinstance(attack, list | tuple) else [attack]
+    if starts is not None and [name_of(config) for config in attacks] != ["DoRI"]:
+        raise ValueError("starts are embeddings that DoRI starts from: give it as the only attack.")
     if starts is not None and (control_pipe is not None or len(starts) != len(everyone)):
         raise ValueError("starts: one for each target and then each control, and only without control_pipe.")
-    settings = (preset, store, sscd, clip, attack, starts, recorded)
+    settings = (preset, store, sscd, clip, attacks, starts, recorded, regions)
     edits = edits or {"none": None}
     of_each = {name: edit_of_each(edit, targets, controls, name) for name, edit in edits.items()}
     with known(pipe):
@@ -150,43 +159,74 @@ def audit(
             rows += _audited(control_pipe, targets, "control model", None, *settings)
     table = pd.DataFrame(rows)
     table.attrs = about
-    if attack is not None:
-        about = asdict(attack) if starts is None else asdict(attack) | {"start": "given"}
-        table.attrs["attack"] = " ".join(f"{key}={value}" for key, value in about.items())
+    for config in attacks:
+        about = settings_of(config)
+        about = about if starts is None else about.replace(f"start={config.start}", "start=given")
+        table.attrs["attack" if len(attacks) == 1 else name_of(config)] = about
     if control_pipe is not None:
         table.attrs["control weights"] = current_hash(control_pipe)
     return table
 
 
-def _audited(pipe, targets, name, edits, preset, store, sscd, clip, config, starts, recorded) -> list[dict]:
-    """Rows of one mitigation: under the prompts, and under what DoRI found after so many steps."""
-    prompts, seeds = [target.prompt for target in targets], preset.seeds
-    plain = cached_embeddings(pipe, prompts, seeds, preset, store, sscd)  # (N, S, D)
-    originals = sscd.embed([target.image for target in targets], preset.sscd_transform)  # (N, D)
-    texts = None if clip is None else clip.embed_texts(prompts)
-    embeddings = {("none", 0): None}
-    if config is not None:
-        found = cached_attack(pipe, targets, config, store, edits, starts)
-        by_step = found.by_step() if recorded else {config.steps: found.prompt_embeds}
-        embeddings |= {("DoRI", step): of_step for step, of_step in by_step.items()}
+def _audited(pipe, targets, name, edits, preset, store, sscd, clip, attacks, starts, recorded, regions) -> list[dict]:
+    """Rows of one mitigation: under the prompts, and under what each attack found after so many steps."""
+    texts = None if clip is None else clip.embed_texts([target.prompt for target in targets])
     rows = []
-    for (attacked, steps), prompt_embeds in embeddings.items():
-        ours = cached_embeddings(pipe, prompts, seeds, preset, store, sscd, edits, prompt_embeds)
-        others = ours.sum(axis=1, keepdims=True) - ours
-        scores = {  # name → (N, S)
-            "sscd": np.einsum("nsd,nd->ns", ours, originals),
-            "sscd_gen": np.einsum("nsd,nsd->ns", ours, plain),
-            "d_sscd": np.einsum("nsd,nsd->ns", ours, others) / (len(seeds) - 1 or np.nan),
-        }
+    for attacked, steps, last, answer in _found(pipe, targets, edits, preset, store, attacks, starts, recorded):
+        scores = _compared(pipe, targets, edits, preset, store, sscd, answer)  # name → (N, S)
         if clip is not None:
-            ours = cached_clip_embeddings(pipe, prompts, seeds, preset, store, clip, edits, prompt_embeds)
+            ours = _of_answer(cached_clip_embeddings, pipe, targets, store, clip, edits, answer)
             scores["alignment"] = np.einsum("nsd,nd->ns", ours, texts)
+        if regions:
+            scores["regions"] = np.full_like(scores["sscd"], np.nan)
+            if last and answer.part is None:
+                scores["regions"] = _by_region(pipe, targets, edits, store, sscd, answer)
         for i, target in enumerate(targets):
             about = {"mitigation": name, "target": target.id, "prompt": target.prompt, "kind": target.kind}
             about |= {"duplicates": target.duplicates, "attack": attacked, "steps": steps}
-            for j, seed in enumerate(seeds):
+            about |= {} if answer.texts is None else {"found": answer.texts[i]}
+            for j, seed in enumerate(preset.seeds):
                 rows.append(about | {"seed": seed} | {column: float(of[i, j]) for column, of in scores.items()})
     return rows
+
+
+def _found(pipe, targets, edits, preset, store, attacks, starts, recorded):
+    """Yields attack, steps, whether these are its last, and the `Answer`: first that of the prompts themselves."""
+    yield "none", 0, True, Answer(preset, {})
+    for config in attacks:
+        by_step = answers(pipe, targets, config, preset, store, edits, starts)
+        last = list(by_step)[-1]
+        for step, answer in by_step.items():
+            if recorded or step == last:
+                yield name_of(config), step, step == last, answer
+
+
+def _of_answer(cached, pipe, targets, store, judge, edits, answer, **more) -> np.ndarray:
+    """Features of an answer's pictures, by one of the functions in `cached`."""
+    prompts, preset = [target.prompt for target in targets], answer.preset
+    return cached(pipe, prompts, preset.seeds, preset, store, judge, edits, **answer.given, **more)
+
+
+def _compared(pipe, targets, edits, preset, store, sscd, answer) -> dict[str, np.ndarray]:
+    """SSCD (N, S) of an answer's pictures with the targets' images, the prompts' pictures, and each other."""
+    part = {"part": answer.part}
+    plain = _of_answer(cached_embeddings, pipe, targets, store, sscd, None, Answer(preset, {}), **part)  # (N, S, D)
+    ours = _of_answer(cached_embeddings, pipe, targets, store, sscd, edits, answer, **part)
+    images = [target.image if answer.part is None else part_of(target.image, answer.part) for target in targets]
+    originals = sscd.embed(images, preset.sscd_transform)  # (N, D)
+    others = ours.sum(axis=1, keepdims=True) - ours
+    return {
+        "sscd": np.einsum("nsd,nd->ns", ours, originals),
+        "sscd_gen": np.einsum("nsd,nsd->ns", ours, plain),
+        "d_sscd": np.einsum("nsd,nsd->ns", ours, others) / (len(preset.seeds) - 1 or np.nan),
+    }
+
+
+def _by_region(pipe, targets, edits, store, sscd, answer) -> np.ndarray:
+    """`region_similarity` (N, S) of an answer's pictures to the targets' images."""
+    ours = _of_answer(cached_window_features, pipe, targets, store, sscd, edits, answer)  # (N, S, G * G, D)
+    originals = window_features([target.image for target in targets], answer.preset.sscd_transform, sscd)
+    return region_similarity(maps_of(ours, originals))
 
 
 def ordinary_cost(pipe, captions, reference, preset, store, clip, edits, inception=None) -> pd.DataFrame:

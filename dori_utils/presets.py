@@ -6,7 +6,7 @@ where nobody published it, our choice and why.
 
 from dataclasses import dataclass, replace
 
-from dori_utils import adaptive, finetuning, locality, nemo, wanda
+from dori_utils import adaptive, completion, finetuning, latent, locality, nemo, tokens, wanda
 from dori_utils.attack import AttackConfig
 from dori_utils.erasure.concept_ablation import AblationConfig
 from dori_utils.erasure.esd import ESDConfig
@@ -32,6 +32,9 @@ class Preset:
     nemo: nemo.Config
     wanda: wanda.Config
     attack: AttackConfig  # DoRI
+    completion: completion.Config  # the other attacks of an audit, see `ways`
+    latent: latent.Config
+    tokens: tokens.Config
     long_attack: AttackConfig  # on images that the model has never seen: when does it find those?
     long_controls: int  # how many of those
     locality: locality.Config  # triggers from random starts, of notebooks 04 to 06
@@ -82,6 +85,10 @@ PRESETS = {
         # Half of the paper's draws and of the time: under Wanda SSCD_Orig of 16 images is 0.76 instead of 0.77, MR 0.69
         # instead of 0.81. The scorecard has all eight. Recorded: the steps of the paper's figure.
         attack=AttackConfig(batch_size=4, record=(1, 10, 25, 50)),
+        completion=completion.Config(),
+        latent=latent.Config(record=(0.25, 0.5)),
+        # 360 evaluations of the U-Net for an image, of which 40 with gradients; of DoRI 200, all with gradients.
+        tokens=tokens.Config(steps=10, batch_size=4, exchanges=8, record=(5,)),
         long_attack=AttackConfig(steps=500, batch_size=1, record=(50, 100, 200, 500)),
         long_controls=8,  # minutes on two cores
         # Three notebooks in minutes on two cores. For so many cases it is steps that count, not draws: on 24 of them 50
@@ -150,6 +157,9 @@ PRESETS = {
         nemo=nemo.Config(seeds=(0, 1), rounds=2, similarity="cosine", num_inference_steps=3),
         wanda=wanda.Config(steps=2, num_inference_steps=3, guidance_scale=3.0),
         attack=AttackConfig(steps=2, batch_size=2, record=(1, 2)),
+        completion=completion.Config(),
+        latent=latent.Config(refinements=0, record=(0.5,)),
+        tokens=tokens.Config(steps=2, batch_size=1, exchanges=2, record=(1,)),
         long_attack=AttackConfig(steps=3, batch_size=2, record=(2, 3)),
         long_controls=2,
         locality=locality.Config(
@@ -203,6 +213,9 @@ PRESETS = {
         nemo=nemo.Config(),
         wanda=wanda.Config(),
         attack=AttackConfig(record=(1, 10, 25, 50)),  # DoRI; the steps of its figure
+        completion=completion.Config(),  # our choice, as of the next two: see there
+        latent=latent.Config(record=(0.25, 0.5)),
+        tokens=tokens.Config(record=(10, 25)),
         long_attack=AttackConfig(steps=500, record=(50, 100, 200, 500)),  # our choice: ten times the attack
         long_controls=50,  # our choice: as much work as the main table has with 500
         locality=locality.Config(),  # see there
