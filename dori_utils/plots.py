@@ -328,6 +328,19 @@ def roc_curves(ax: Axes, scores: Mapping[str, Sequence[float]], *, controls: str
     ax.legend(loc="lower right")
 
 
+def region_map(ax: Axes, image: Image.Image, similarity: np.ndarray) -> None:
+    """An image, and in the middle of each of its regions how alike it is, of a map (G, G), see core.regions."""
+    side = len(similarity)
+    shares = 0.25 + 0.5 * np.arange(side) / max(1, side - 1)  # middles of windows that are half as wide as the image
+    x, y = np.meshgrid(shares * image.width, shares * image.height)
+    ax.imshow(image, extent=(0, image.width, image.height, 0))
+    ax.scatter(x, y, c=similarity, cmap="cividis", vmin=0, vmax=1, s=260, edgecolors="white")
+    for left, top, value in zip(x.flat, y.flat, similarity.flat, strict=True):
+        color = "black" if value > 0.6 else "white"
+        ax.text(left, top, f"{value:.2f}", color=color, fontsize=6, ha="center", va="center")
+    ax.set_axis_off()
+
+
 def interactive_map(points: np.ndarray, colors: Sequence[str], labels: Sequence[str], images: Sequence[Image.Image]):
     """A scatter plot (N, 2) that shows an image and a label under the mouse; its last line in a cell displays it.
 

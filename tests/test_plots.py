@@ -280,6 +280,16 @@ def test_a_detector_that_separates_a_kind_has_a_curve_through_the_corner():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["VM 1.00", "once"]
 
 
+def test_a_map_of_regions_has_its_numbers_where_the_regions_are():
+    _, ax = plt.subplots()
+    similarity = np.arange(9).reshape(3, 3) / 10
+    plots.region_map(ax, Image.new("RGB", (64, 40)), similarity)
+    assert [text.get_text() for text in ax.texts] == [f"{value:.2f}" for value in similarity.flat]
+    assert ax.texts[0].get_position() == (16, 10) and ax.texts[5].get_position() == (48, 20)
+    assert [text.get_color() for text in ax.texts[5:8]] == ["white", "white", "black"]
+    np.testing.assert_allclose(ax.collections[0].get_array(), similarity.ravel())
+
+
 def test_layers_have_short_labels():
     layer = "attentions.0.transformer_blocks.0.attn2.to_v"
     assert plots.layer_label(f"down_blocks.1.{layer}") == "down 1.0"

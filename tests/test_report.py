@@ -17,6 +17,7 @@ from dori_utils.attack import AttackConfig
 from dori_utils.cli.main import PRESET_NAMES, PROMPT_LIST_NAMES, _parse, main
 from dori_utils.cli.report import _words, write_report
 from dori_utils.cli.verdicts import conclusion, settings_table, verdicts
+from dori_utils.cli.words import way_of
 from dori_utils.core.edits import Edit
 from dori_utils.core.hashes import base_hash
 from dori_utils.core.models import load_pipeline, load_unet
@@ -128,6 +129,86 @@ def test_the_conclusion_claims_what_targets_and_controls_carry(targets, controls
 def test_one_that_is_left_is_not_called_the_other_1(last, said):
     found = conclusion(make_rows([OPEN] * 7 + [last], [NEVER] * 8), "NeMo")
     assert f"The other one {said} from a trigger" in found.verdict and "other 1" not in found.verdict
+
+
+def with_attacks(targets, controls, attack, others, of_controls):
+    """`make_rows`, and beside DoRI another attack that finds others in the same images."""
+    rows, more = make_rows(targets, controls), make_rows(others, of_controls)
+    return pd.concat([rows, more[more["attack"] != "none"].assign(attack=attack)], ignore_index=True)
+
+
+PAST = "this defence holds against an embedding alone"
+
+
+@pytest.mark.parametrize("attack", ["completion", "latent", "tokens"])
+def test_a_defence_that_stops_an_embedding_and_not_another_attack_is_reported_as_such(attack):
+    found = conclusion(with_attacks([GONE] * 8, [NEVER] * 8, attack, [HIDDEN] * 8, [NEVER] * 8), "NeMo")
+    source = way_of(attack).source
+    assert f"What stops triggers does not stop {source}: {PAST}." in found.verdict
+    assert NO_PROOF in found.verdict and HIDES in found.verdict  # each attack has its own sentence
+    assert f"8 of 8 images come back from {source}, clearly more" in found.verdict
+    assert f"from {way_of(attack).found(50)} 8 of 8" in found.facts and f"from {source} 0 of 8" in found.facts
+
+
+@pytest.mark.parametrize(
+    ("targets", "others", "of_controls"),
+    [
+        pytest.param([HIDDEN] * 8, [HIDDEN] * 8, [NEVER] * 8, id="it stops neither"),
+        pytest.param([GONE] * 8, [GONE] * 8, [NEVER] * 8, id="it stops both"),
+        pytest.param([GONE] * 8, [HIDDEN] * 8, [HIDDEN] * 8, id="the other attack finds controls, too"),
+        pytest.param([OPEN] * 8, [OPEN] * 8, [NEVER] * 8, id="prompts give them all"),
+    ],
+)
+def test_nothing_is_said_to_get_past_a_defence_that_does_not(targets, others, of_controls):
+    rows = with_attacks(targets, [NEVER] * 8, "completion", others, of_controls)
+    assert PAST not in conclusion(rows, "NeMo").verdict
+
+
+def test_an_attack_of_a_sweep_is_worded_by_its_name_without_its_options():
+    rows = make_rows([HIDDEN] * 8, [NEVER] * 8)
+    rows["attack"] = rows["attack"].replace("DoRI", "latent share=0.5")
+    assert verdicts(rows)["verdict"][0] == "back from inverted noise alone"
+    assert "8 of 8 images come back from inverted noise" in conclusion(rows, "NeMo").verdict
+
+
+def test_the_words_of_other_attacks_say_how_much_it_took():
+    images = [HIDDEN, GONE, [0.3, 0.8, 0.9], [0.3, 0.8, 0.6]]
+    words = {}
+    for attack in ("completion", "latent", "tokens"):
+        rows = make_rows(images, [NEVER])
+        rows["attack"] = rows["attack"].replace("DoRI", attack)
+        words[attack] = [_words(verdict, 50) for verdict in verdicts(rows).itertuples()][:4]
+    assert words["completion"][0] == "does not come back from its prompt, but from one half"
+    assert words["completion"][1] == "comes back neither from its prompt nor from one half"
+    assert words["latent"] == [
+        "does not come back from its prompt, but from inverted noise, at a share of 50%",
+        "comes back neither from its prompt nor from inverted noise, at a share of 50%",
+        "does not come back from its prompt, but from inverted noise, from a share of 10% on",
+        "comes back neither from its prompt nor from inverted noise, at a share of 50%; "
+        "from one at a share of 10% it did, and was lost again",
+    ]
+    assert words["tokens"][2] == "does not come back from its prompt, but from a typed prompt, from 10 steps on"
+
+
+@pytest.mark.parametrize(
+    ("of_targets", "of_controls", "said"),
+    [
+        (
+            0.8,
+            0.3,
+            "Of 8 that do not come back whole, 8 do in part, .*, clearly more than of those never seen \\(0 of 8",
+        ),
+        (0.8, 0.8, ", not clearly more than of those never seen \\(8 of 8"),
+    ],
+)
+def test_copies_of_a_part_count_where_nothing_is_back_whole(of_targets, of_controls, said):
+    rows = make_rows([GONE] * 8 + [OPEN] * 8, [NEVER] * 8)
+    none = rows["attack"] == "none"
+    rows["regions"] = np.where(none, np.where(rows["kind"] == "control", of_controls, of_targets), np.nan)
+    assert re.search(said, conclusion(rows, "NeMo").verdict)
+    assert verdicts(rows)["regions"].tolist() == [of_targets] * 16 + [of_controls] * 8
+    assert "in part" not in conclusion(rows.assign(regions=0.6), "NeMo").verdict
+    assert "in part" not in conclusion(rows.drop(columns="regions"), "NeMo").verdict
 
 
 def test_a_mean_has_an_interval_from_eight_images_on_and_it_is_students():

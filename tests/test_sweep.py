@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dori_utils import nemo, wanda
+from dori_utils import completion, nemo, wanda
 from dori_utils.attack import AttackConfig
 from dori_utils.cli import engines, sweep
 from dori_utils.cli.main import _parse, main
@@ -244,11 +244,17 @@ def test_workers_in_another_folder_find_everything(tiny_testbed_folder, tmp_path
 
 def test_attacks_are_read_with_their_options():
     usual = AttackConfig(steps=50, record=(1, 10, 25, 50))
-    found = read_attacks(["none", "dori", "dori", "steps=20", "lr=0.05", "start=noise"], usual)
+    preset = replace(PRESETS["testbed"], attack=usual)
+    found = read_attacks(["none", "dori", "dori", "steps=20", "lr=0.05", "start=noise"], preset)
     assert list(found) == ["none", "DoRI", "DoRI steps=20 lr=0.05 start=noise"] and found["none"] is None
     assert found["DoRI"] == usual
     other = AttackConfig(steps=20, lr=0.05, start="noise", record=(1, 10, 20))
     assert found["DoRI steps=20 lr=0.05 start=noise"] == other
+    words = ["completion", "known=top", "latent", "latent", "share=0.4", "tokens", "steps=4", "exchanges=2"]
+    found = read_attacks(words, preset)
+    assert found["completion known=top"] == completion.Config("top") and found["latent"] == preset.latent
+    assert found["latent share=0.4"] == replace(preset.latent, share=0.4, record=(0.25,))
+    assert found["tokens steps=4 exchanges=2"] == replace(preset.tokens, steps=4, exchanges=2, record=())
 
 
 @pytest.mark.parametrize(
@@ -262,11 +268,16 @@ def test_attacks_are_read_with_their_options():
         (["dori", "steps=0"], "at least one step"),
         (["dori", "start=here"], "'here'"),
         (["dori", "none", "dori"], "twice"),
+        (["completion", "steps=5"], "Unknown attack 'steps=5'"),
+        (["completion", "known=middle"], "known is 'middle'"),
+        (["latent", "share=all"], "share takes a number"),
+        (["latent", "share=2"], "share is 2.0"),
+        (["tokens", "steps=0"], "at least one step"),
     ],
 )
 def test_bad_attacks_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        read_attacks(words, AttackConfig())
+        read_attacks(words, PRESETS["testbed"])
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ from dori_utils.core.hashes import known
 from dori_utils.core.hub import TESTBED, TWIN
 from dori_utils.core.metrics import scores_by_target
 from dori_utils.core.models import load_pipeline
+from dori_utils.core.roc import roc_auc
 from dori_utils.core.sscd import load_sscd, sscd_scores
 from dori_utils.core.store import Store, default_store
 from dori_utils.core.targets import load_targets
-from dori_utils.evaluation import audit, ordinary_cost
+from dori_utils.evaluation import audit, detect, ordinary_cost
 from dori_utils.nemo_statistics import Statistics
 from dori_utils.plots import FIGURES, figures_folder
 from dori_utils.presets import PRESETS
@@ -145,6 +146,28 @@ def rungs(model: str = "testbed"):
         times: metrics.memorization_rate(scores_by_target(rung)).rate for times, rung in table.groupby("duplicates")
     }
     return sum(0.05 < mr < 0.95 for mr in rates.values()), "; ".join(f"{n} times {mr:.2f}" for n, mr in rates.items())
+
+
+def parts_told(model: str = "testbed"):
+    """AUC of templates against images that the model has never seen, by similarity by region."""
+    found = {}
+    for kind in ("TM", "control"):
+        table = audit(pipe(model), load_targets(model, kind=kind), PRESET, default_store(), regions=True)
+        found[kind] = table.groupby("target")[["regions", "sscd"]].mean()
+    auc, whole = (roc_auc(found["TM"][name], found["control"][name]) for name in ("regions", "sscd"))
+    above = ", ".join(f"{kind} {(of['regions'] > metrics.THRESHOLD).sum()} of {len(of)}" for kind, of in found.items())
+    return auc.auc, f"95% {auc.low:.3f} to {auc.high:.3f}, by SSCD on the whole {whole.auc:.3f}; above 0.7: {above}"
+
+
+def detector_auc(detector: str, model: str = "testbed"):
+    """AUC of VM prompts against control ones, and what a prompt costs."""
+    targets = {kind: load_targets(model, kind=kind) for kind in ("VM", "control")}
+    prompts = [target.prompt for of_kind in targets.values() for target in of_kind]
+    table = detect(pipe(model), prompts, PRESET, default_store())
+    own = table[table["detector"] == detector].set_index("prompt")
+    auc = roc_auc(*(own.loc[[target.prompt for target in of_kind], "score"] for of_kind in targets.values()))
+    cost = f"{own['evaluations'].iloc[0]} evaluations, {own['seconds'].mean():.3f} s a prompt"
+    return auc.auc, f"95% {auc.low:.3f} to {auc.high:.3f}; {cost}"
 
 
 def ordinary_images(scenes, model: str = "testbed"):
@@ -677,6 +700,14 @@ def command_seconds(*command: str, **environment: str) -> float:
     return time.perf_counter() - start
 
 
+def audit_seconds():
+    """An audit of eight images and eight controls in all four attacks, with nothing in the store."""
+    with tempfile.TemporaryDirectory() as folder:
+        attacks = ["--attack", "dori", "completion", "latent", "tokens"]
+        options = ["audit", "--limit", "8", "--out", f"{folder}/audit", *attacks]
+        return command_seconds("dori_utils", *options, DORI_CACHE=f"{folder}/cache")
+
+
 def half_downloads():
     """Image files that are not whole after the downloading process was killed in the middle of many."""
     buffer = io.BytesIO()
@@ -754,6 +785,8 @@ BARS = (
     Bar("A: retrieval among 50, over real scenes", ">=", 0.90, lambda: retrieval(held_out_scenes(50), "testbed")),
     Bar("A: SSCD between captions at one seed, above real", "<=", 0.05, lambda: alike_at_one_seed("testbed")),
     Bar("A: ordinary captions, share of copies", "<=", 0.0, lambda: ordinary_copies("testbed")),
+    Bar("A: templates told by region, AUC", ">=", 0.95, lambda: parts_told("testbed")),
+    Bar("A: anisotropy, AUC of VM", ">=", 0.95, lambda: detector_auc("anisotropy", "testbed")),
     Bar("B: VM mean SSCD_Orig", ">=", 0.85, lambda: mean_sscd("VM", "testbed-b")),
     Bar("B: VM memorization rate", ">=", 0.95, lambda: rate("VM", "testbed-b")),
     Bar("B: images of the twin, mean SSCD_Orig", "<=", 0.35, lambda: mean_sscd("twin", "testbed-b")),
@@ -763,6 +796,8 @@ BARS = (
     Bar("B: retrieval among 50, over real scenes", ">=", 0.90, lambda: retrieval(held_out_scenes(50), "testbed-b")),
     Bar("B: SSCD between captions at one seed, above real", "<=", 0.05, lambda: alike_at_one_seed("testbed-b")),
     Bar("B: ordinary captions, share of copies", "<=", 0.0, lambda: ordinary_copies("testbed-b")),
+    Bar("B: templates told by region, AUC", ">=", 0.95, lambda: parts_told("testbed-b")),
+    Bar("B: anisotropy, AUC of VM", ">=", 0.95, lambda: detector_auc("anisotropy", "testbed-b")),
     Bar("control mean SSCD_Orig", "<=", 0.35, lambda: mean_sscd("control")),
     Bar("control memorization rate", "<=", 0.0, lambda: rate("control")),
     Bar("U-Net forward over the first testbed's", "<=", 0.45, lambda: unet_row(backward=False)),
@@ -779,6 +814,7 @@ BARS = (
     Bar("control + DoRI, MR", "<=", 0.05, control_rate),
     Bar("DoRI from N(0, I), MR above that from the prompts", ">=", 0, lambda: from_start("noise")),
     Bar("DoRI from other prompts, MR above that from the prompts", ">=", 0, lambda: from_start("other prompts")),
+    Bar("audit of the testbed in its four attacks, s", "<=", 300, audit_seconds),
     Bar("speed: DoRI, 16 targets over one at a time, times", ">=", 3, attack_throughput),
     Bar("speed: DoRI, time over its bare U-Net passes", "<=", 1.15, attack_overhead),
     Bar("speed: DoRI, peak memory of 20 steps over 2", "<=", 1.05, attack_memory),

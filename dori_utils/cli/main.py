@@ -16,6 +16,7 @@ from pathlib import Path
 # What takes seconds to import is imported where it is used: `--help` and a mistyped option are answered at once.
 PRESET_NAMES = ("paper", "smoke", "testbed")  # of presets.PRESETS
 PROMPT_LIST_NAMES = ("sd14",)  # of prompt_lists.PROMPT_LISTS
+ATTACK_NAMES = ("dori", "completion", "latent", "tokens")  # of ways.USUAL
 
 EXAMPLES = {
     "audit": """examples:
@@ -25,12 +26,16 @@ EXAMPLES = {
       your images in Stable Diffusion 1.4, before and after an edit of its weights
   python -m dori_utils audit --out longer --limit 8 --steps 500 --start noise
       a stronger attack
+  python -m dori_utils audit --out ways --limit 8 --attack dori completion latent tokens
+      other ways in, too: from half of the image, from inverted noise, by a prompt that can be typed
 """,
     "sweep": """examples:
   python -m dori_utils sweep --out build/sweep --limit 4 --mitigations none nemo wanda --dry-run
       what there is to do on the bundled testbed, and how long it takes; without --dry-run, do it
   python -m dori_utils sweep --out build/sweep --limit 4 --attack none dori dori steps=200 start=noise
       no attack, the usual one, and a longer one that starts from noise
+  python -m dori_utils sweep --out build/sweep --limit 4 --attack completion known=right latent share=0.5 tokens
+      other ways in, two of them with settings of their own
 """,
     "download": """example:
   python -m dori_utils download sd14
@@ -100,7 +105,16 @@ def _audit_arguments(parser):
         help="what someone did to the weights: a U-Net's folder, a checkpoint, a LoRA or a file of Edit.save; may be "
         "given several times (default: none, so that the model is audited as it is)",
     )
-    attack = parser.add_argument_group("the attack", "defaults are those of the presets testbed and paper")
+    parser.add_argument(
+        "--attack",
+        nargs="+",
+        choices=ATTACK_NAMES,
+        default=["dori"],
+        metavar="NAME",
+        help="dori optimises an embedding, completion gives half of the image, latent leans the noise towards it, "
+        "tokens looks for a prompt that can be typed; several may follow each other (default: dori)",
+    )
+    attack = parser.add_argument_group("the attack dori", "defaults are those of the presets testbed and paper")
     attack.add_argument("--steps", type=int, metavar="N", help="steps of the attack (default: 50)")
     attack.add_argument("--lr", type=float, help="learning rate of the attack (default: 0.1)")
     attack.add_argument(
@@ -132,7 +146,8 @@ def _sweep_arguments(parser):
         nargs="+",
         default=["none", "dori"],
         metavar="NAME [OPTION=VALUE ...]",
-        help="none, or dori and its steps=, lr=, start=, restarts=; several may follow each other (default: none dori)",
+        help="none; dori and its steps=, lr=, start=, restarts=; completion and its known=; latent and its share=, "
+        "refinements=; tokens and its steps=, exchanges=, length=; several may follow each other (default: none dori)",
     )
     parser.add_argument(
         "--engine", choices=["local", "ray"], default="local", help="local is this process, ray Ray (default: local)"
@@ -176,13 +191,19 @@ def _audit(options):
     from dori_utils.cli.sweep import changed_attack
     from dori_utils.core.models import load_pipeline
     from dori_utils.core.store import default_store
+    from dori_utils.ways import USUAL
 
     preset, targets, controls = _asked(options)
     chosen = {name: getattr(options, name) for name in ("steps", "lr", "start", "restarts")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    attack = changed_attack(preset.attack, chosen)
+    if chosen and "dori" not in options.attack:
+        raise ValueError(f"--{next(iter(chosen))} is of the attack dori, which --attack does not name.")
+    attacks = [
+        changed_attack(getattr(preset, USUAL[name]), chosen if name == "dori" else {})
+        for name in dict.fromkeys(options.attack)
+    ]
     pipe = load_pipeline(options.model, base=options.base)
-    return write_report(options.out, pipe, targets, controls, preset, default_store(), attack, _edits(pipe, options))
+    return write_report(options.out, pipe, targets, controls, preset, default_store(), attacks, _edits(pipe, options))
 
 
 def _sweep(options):

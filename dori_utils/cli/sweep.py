@@ -44,9 +44,16 @@ from dori_utils.evaluation import audit, provenance
 from dori_utils.nemo_statistics import Statistics, published_statistics
 from dori_utils.plots import csv_text
 from dori_utils.presets import Preset
+from dori_utils.ways import USUAL, answers, name_of, settings_of
 
 PRUNING = {"nemo": "NeMo", "wanda": "Wanda"}  # mitigations that are made for each target
-ATTACK_OPTIONS = {"steps": int, "lr": float, "start": str, "restarts": int}
+ATTACK_OPTIONS = {
+    "none": {},
+    "dori": {"steps": int, "lr": float, "start": str, "restarts": int},
+    "completion": {"known": str},
+    "latent": {"share": float, "refinements": int},
+    "tokens": {"steps": int, "exchanges": int, "length": int},
+}
 NUMBERS = ["steps", "seed", "sscd", "sscd_gen", "d_sscd"]  # columns of `evaluation.audit` that a case's entry holds
 ROW = ["mitigation", "target", "attack", "steps", "seed"]  # what names a row
 
@@ -78,7 +85,7 @@ class Plan:
     Args:
         preset: with the model and the seeds.
         mitigations: name → None for the model as it is, "nemo", "wanda", or the path of an edit.
-        attacks: name → settings of DoRI, or None for the prompt itself.
+        attacks: name → settings of an attack, see `ways`, or None for the prompt itself.
         store: folder or URL of the store.
         statistics: file of NeMo's statistics, where "nemo" is among the mitigations.
         base: as `load_pipeline` takes it.
@@ -86,7 +93,7 @@ class Plan:
 
     preset: Preset
     mitigations: dict[str, str | None]
-    attacks: dict[str, AttackConfig | None]
+    attacks: dict
     store: str
     statistics: Path | None = None
     base: str | None = None
@@ -126,7 +133,7 @@ class Plan:
         common |= preset.sampling
         images = {target.id: target.image for target in (case.target for case in cases)}
         images = {name: key_of(image) for name, image in images.items()}
-        attacks = {name: attack and asdict(attack) for name, attack in self.attacks.items()}
+        attacks = {name: key_of(attack) for name, attack in self.attacks.items()}
         configs = []
         for case in cases:
             own = {"target": case.target.id, "prompt": case.target.prompt, "image": images[case.target.id]}
@@ -187,12 +194,15 @@ class Worker:
         sscd = SSCD(judge.name, judge.model)  # remembers the images of this case alone: there may be many
         sscd.embed([case.target.image], preset.sscd_transform, progress=False)
         diverged = False
-        if attack is not None:
+        if isinstance(attack, AttackConfig):
             found = cached_attack(self.pipe, [case.target], attack, self.store, edits, progress=False)
             diverged = found.cases[0]["stopped"] == "diverged"
+        elif attack is not None:
+            answers(self.pipe, [case.target], attack, preset, self.store, edits, progress=False)
         named = {case.mitigation: edits}
         table = audit(self.pipe, [case.target], preset, self.store, sscd, edits=named, attack=attack)
-        return {name: table[name].to_numpy() for name in NUMBERS} | {"diverged": diverged}
+        found = {"found": table["found"].fillna("").to_numpy(str)} if "found" in table else {}
+        return {name: table[name].to_numpy() for name in NUMBERS} | found | {"diverged": diverged}
 
     def _edits(self, case):
         """What `audit` takes for a single target: None, or a list with one edit."""
@@ -270,17 +280,13 @@ def tidy_rows(plan, cases, results, about) -> pd.DataFrame:
             target = case.target
             labels = {"mitigation": case.mitigation, "target": target.id, "prompt": target.prompt, "kind": target.kind}
             labels |= {"duplicates": target.duplicates, "attack": np.where(result["steps"] == 0, "none", case.attack)}
-            parts.append(pd.DataFrame(labels | {name: result[name] for name in NUMBERS}))
+            parts.append(pd.DataFrame(labels | {name: result[name] for name in (*NUMBERS, "found") if name in result}))
     rows = pd.concat(parts, ignore_index=True).drop_duplicates(ROW, ignore_index=True)  # each attack has its prompt's
-    rows.attrs = about["made by"] | {name: _settings(attack) for name, attack in plan.attacks.items() if attack}
+    rows.attrs = about["made by"] | {name: settings_of(attack) for name, attack in plan.attacks.items() if attack}
     diverged = [str(case) for case, result in zip(cases, results, strict=True) if result and result["diverged"]]
     if diverged:
         rows.attrs["the loss became NaN, so these attacks show nothing"] = "; ".join(diverged)
     return rows
-
-
-def _settings(attack):
-    return " ".join(f"{key}={value}" for key, value in asdict(attack).items())
 
 
 def write_tables(out, rows):
@@ -290,11 +296,7 @@ def write_tables(out, rows):
         out: a folder or an fsspec URL.
     """
     attack = rows["attack"]
-    of_attacks = [
-        verdicts(rows.assign(attack=attack.replace(name, "DoRI"))[attack.isin(["none", name])]).assign(attack=name)
-        for name in attack.unique()
-        if name != "none"
-    ]
+    of_attacks = [verdicts(rows[attack.isin(["none", name])]) for name in attack.unique() if name != "none"]
     tables = {"rows": rows, "table": settings_table(rows)}
     tables["verdicts"] = pd.concat(of_attacks, ignore_index=True) if of_attacks else verdicts(rows)
     for name, table in tables.items():
@@ -336,7 +338,7 @@ def plan_of(options, preset) -> Plan:
     return Plan(
         preset if model in MODELS or not Path(model).exists() else replace(preset, model=str(Path(model).resolve())),
         read_mitigations(options.mitigations),
-        read_attacks(options.attack, preset.attack),
+        read_attacks(options.attack, preset),
         f"{out}/store" if "://" in out else str(Path(out, "store").resolve()),
         _statistics(options),
         str(Path(options.base).resolve()) if options.base and Path(options.base).exists() else options.base,
@@ -371,7 +373,11 @@ def dry_run(engine, plan, tasks, store, workers) -> str:
 
 
 def _cost(attack):
-    return 0 if attack is None else attack.steps * attack.restarts
+    """Roughly how often an attack asks the U-Net, each way counted by what it does most."""
+    if attack is None:
+        return 0
+    steps = getattr(attack, "steps", 1) * getattr(attack, "batch_size", 1)
+    return steps * getattr(attack, "restarts", 1) * getattr(attack, "exchanges", 1)
 
 
 def read_mitigations(words) -> dict[str, str | None]:
@@ -398,11 +404,11 @@ def read_mitigations(words) -> dict[str, str | None]:
     return found
 
 
-def read_attacks(words, usual) -> dict[str, AttackConfig | None]:
-    """Name → settings, of the command line's words: each name is followed by its options.
+def read_attacks(words, preset) -> dict:
+    """Name → settings, of the command line's words: each attack is followed by its options.
 
     Args:
-        usual: `AttackConfig`, the settings of what is not given.
+        preset: with the settings of what is not given.
 
     Raises:
         ValueError: an unknown name or option, a value that is none, or the same attack twice.
@@ -410,32 +416,43 @@ def read_attacks(words, usual) -> dict[str, AttackConfig | None]:
     attacks = []
     for word in words:
         key, is_option, value = word.partition("=")
-        if not is_option and word in ("none", "dori"):
+        known = ATTACK_OPTIONS[attacks[-1][0]] if attacks else {}
+        if not is_option and word in ATTACK_OPTIONS:
             attacks.append((word, {}))
-        elif is_option and key in ATTACK_OPTIONS and attacks and attacks[-1][0] == "dori":
+        elif is_option and key in known:
             try:
-                attacks[-1][1][key] = ATTACK_OPTIONS[key](value)
+                attacks[-1][1][key] = known[key](value)
             except ValueError as error:
                 raise ValueError(f"{word}: {key} takes a number.") from error
         else:
-            known = ", ".join(f"{option}=" for option in ATTACK_OPTIONS)
-            raise ValueError(f"Unknown attack {word!r}: give none, or dori and behind it any of {known}")
+            raise ValueError(f"Unknown attack {word!r}: give none, or {_all_options()}")
     found = {}
     for kind, options in attacks:
-        name = "none" if kind == "none" else " ".join(["DoRI", *(f"{key}={value}" for key, value in options.items())])
+        usual = None if kind == "none" else getattr(preset, USUAL[kind])
+        label = "none" if usual is None else name_of(usual)
+        name = " ".join([label, *(f"{key}={value}" for key, value in options.items())])
         if name in found:
             raise ValueError(f"The attack {name!r} is given twice.")
-        if options.get("steps", usual.steps) < 1:
+        if usual is not None and options.get("steps", getattr(usual, "steps", 1)) < 1:
             raise ValueError("A sweep's attack needs at least one step; attack none is the prompt itself.")
-        found[name] = None if kind == "none" else changed_attack(usual, options)
+        found[name] = usual and changed_attack(usual, options)
     return found
 
 
-def changed_attack(usual, options) -> AttackConfig:
-    """Settings with these options changed; it records the usual steps that it reaches, and its last."""
-    steps = options.get("steps", usual.steps)
-    record = tuple(step for step in usual.record if 0 < step < steps)
-    return replace(usual, record=(*record, steps), **options)
+def _all_options():
+    """Attacks and their options in words."""
+    options = {name: ", ".join(f"{option}=" for option in own) for name, own in ATTACK_OPTIONS.items() if own}
+    return "; ".join(f"{name} and behind it any of {own}" for name, own in options.items())
+
+
+def changed_attack(usual, options):
+    """Settings with these options changed; they record what is usual before their end, and of DoRI the end as well."""
+    changed = replace(usual, **({"record": ()} if hasattr(usual, "record") else {}), **options)
+    end = getattr(changed, "steps", getattr(changed, "share", None))
+    if end is None:
+        return changed
+    record = tuple(step for step in usual.record if 0 < step < end)
+    return replace(changed, record=(*record, end) if isinstance(changed, AttackConfig) else record)
 
 
 def _statistics(options):
