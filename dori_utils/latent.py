@@ -14,7 +14,8 @@ with u the inverted noise, of mean 0 and variance 1 in each channel, and the see
 would be, too. With little of u, what comes back was not in the noise; how much is little, images that the model has
 never seen must say.
 
-Inversion goes without guidance, which it does not survive, and so does the sampling from what it finds.
+Inversion goes without guidance, which it does not survive, and so does the sampling from what it finds. It is DDIM's,
+whatever sampler the model has: what that one makes of the noise, such as PNDM, is near and not the same.
 
 Shapes: N targets, S seeds; T tokens and D channels of an embedding; C, H, W of a latent.
 """
